@@ -1,0 +1,1 @@
+"""Developer tools: environment, checks, throw-away servers; nothing here is shipped."""
