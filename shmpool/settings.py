@@ -1,0 +1,115 @@
+"""What workers and coordinator agree on about a pool: frozen, decoded once, free of secrets.
+
+The coordinator validates the configuration file and publishes it in the segment as msgpack (config_area.py);
+a worker decodes it here without any validation library.  Defaults live in the coordinator's `config` module,
+where they are validated; field names are those of the configuration file.  All durations are seconds
+(None: off), all sizes bytes.  A field that is added later must carry a default here, because a newer worker may
+read what an older coordinator wrote; keys that this version does not know are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
+
+Target = Literal["primary", "replica", "prefer-replica", "any"]
+Policy = Literal["least-connections", "round-robin", "weighted"]
+
+
+def _known(cls: type[Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(cls)}
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items() if key in names}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credentials:
+    """Where a password is read at each connect; never the password itself."""
+
+    password_file: str
+    password_command: tuple[str, ...]
+    password_env: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointSettings:
+    """One PostgreSQL server address.  `index` is its row in the segment."""
+
+    index: int
+    name: str
+    conninfo: str
+    max_connections: int
+    weight: int
+    backup: bool
+    address: Literal["instance", "service"]
+    via: Literal["direct", "pooler"]
+    credentials: Credentials
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSettings:
+    """One named budget.  `index` is its row in the segment; `endpoints` names those that qualify (empty: all)."""
+
+    index: int
+    name: str
+    connections: int
+    target: Target
+    endpoints: tuple[str, ...]
+    conninfo: str
+    policy: Policy
+    max_lag_bytes: int | None
+    max_lag_s: float | None
+    fallback_connections: int
+    autocommit: bool
+    isolation_level: str
+    readonly: bool
+    reset: Literal["none", "session", "discard"]
+    per_worker_min: int
+    per_worker_max: int
+    timeout: float
+    max_waiting: int
+    max_lifetime: float
+    max_idle: float
+    ping_after: float
+    leak_after: float | None
+    query_timeout: float | None
+    statement_timeout: float | None
+    lock_timeout: float | None
+    idle_in_transaction_session_timeout: float | None
+    settings: Mapping[str, str]
+    application_name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSettings:
+    """Everything a worker needs to know about a pool."""
+
+    name: str
+    config_file: str
+    autostart: bool
+    stale_after: float
+    endpoints: tuple[EndpointSettings, ...]
+    groups: tuple[GroupSettings, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain dictionaries and lists, ready for msgpack."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """Build from `as_dict` output, ignoring unknown keys.
+
+        Raises:
+            KeyError, TypeError: a field is missing (the caller names the segment).
+        """
+        endpoints = tuple(
+            EndpointSettings(
+                **{
+                    **_known(EndpointSettings, e),
+                    "credentials": Credentials(**_known(Credentials, e["credentials"])),
+                }
+            )
+            for e in raw["endpoints"]
+        )
+        groups = tuple(GroupSettings(**_known(GroupSettings, g)) for g in raw["groups"])
+        return cls(**{**_known(cls, raw), "endpoints": endpoints, "groups": groups})
