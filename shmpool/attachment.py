@@ -1,0 +1,311 @@
+"""One process's place in a pool: the segment, a worker row, the opened semaphores, the configuration.
+
+There is one attachment per process and pool; it is made on first use in each process.
+
+Guarantees: nothing is shared across fork; a process that forks gives back what rests first.
+Assumptions: the lock file is opened by rows.py alone.
+
+If the process dies.  The kernel drops the row's lock, the coordinator reaps the row.
+Fork.  `_before_fork` runs in the parent of every fork: attachments that can, detach entirely (a pre-loading master
+    then holds nothing); `_after_fork_in_child` releases the views and closes the semaphores in the child, so that a copied
+    frame fails instead of doing harm.  Where no at-fork handlers run (uWSGI), the private page reads zero in the
+    child, and the process id in the registry's keys keeps the parent's attachments out of reach.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import traceback
+import weakref
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from shmpool import semaphores
+from shmpool.background import Background
+from shmpool.errors import TableFullError
+from shmpool.layout import GROUPS, HEADER, PERMITS, SLOTS, WORKERS
+from shmpool.names import Names
+from shmpool.rows import Locks, Row, leave_row, take_row
+from shmpool.segment import Segment, attach, private_page
+from shmpool.semaphores import Semaphore
+from shmpool.settings import EndpointSettings, GroupSettings, PoolSettings
+from shmpool.slots import EndpointPermits, GroupPermits, SlotTable, Token
+from shmpool.states import SegmentState
+
+log = logging.getLogger("shmpool")
+
+_ROWS_MAX: Final = 16  # rows that one process may take, if one is not enough for its threads
+
+BACKGROUND_STOP_S: Final = 2.0
+
+_registry: dict[tuple[int, Names], Attachment] = {}
+_locks: dict[int, threading.RLock] = {}
+_server_generation: int = 0
+
+
+def set_server_generation(generation: int) -> None:
+    """Say which start or reload of the application server this process belongs to, before it attaches."""
+    global _server_generation
+    _server_generation = generation
+
+
+class Resting(Protocol):
+    """What keeps idle connections through an attachment: a pool."""
+
+    def rest(self) -> int:
+        """Give them all back; return how many there were."""
+
+    def look_after_idle(self) -> None:
+        """Give back those that are recalled, too old or dead."""
+
+
+class Attachment:
+    """Made by `join`; use `is_current` before believing an old reference."""
+
+    def __init__(self, segment: Segment, locks: Locks, token_type: type[Token]) -> None:
+        self.segment = segment
+        self.locks = locks
+        self.pid = os.getpid()
+        self.page = private_page()
+        self.table = SlotTable(segment, self.page, token_type)
+        self.opened_by = "".join(traceback.format_stack(limit=8)[:-2])
+        self.users: weakref.WeakSet[Resting] = weakref.WeakSet()  # pools with idle connections here
+        self._background: Background | None = None
+        self._semaphores: dict[str, Semaphore] = {}
+        self._rows = threading.Lock()
+        self.config_generation = 0
+        self.settings: PoolSettings
+        self.endpoints: dict[int, EndpointPermits] = {}
+        self.groups: dict[str, tuple[GroupSettings, GroupPermits]] = {}
+        self._config_at = segment.layout.at(HEADER, 0, "config_generation")
+        self._state_at = segment.layout.at(HEADER, 0, "state")
+
+    def __repr__(self) -> str:
+        return f"<Attachment {self.segment.names.stem} rows {[row.number for row in self.table.rows]}>"
+
+    @property
+    def names(self) -> Names:
+        """The pool's names."""
+        return self.segment.names
+
+    def is_current(self) -> bool:
+        """Whether this process may still work through this attachment."""
+        page: int = self.page[0]
+        if page == 0:
+            return False
+        words = self.segment.words
+        generation_at = self.segment.layout.at(WORKERS, self.table.rows[0].number, "generation")
+        return bool(words[generation_at] == page and words[self._state_at] == SegmentState.OPEN)
+
+    def is_outdated(self) -> bool:
+        """Whether a newer configuration was published."""
+        return bool(self.segment.words[self._config_at] != self.config_generation)
+
+    def refresh(self) -> bool:
+        """Read the configuration again if a newer one was published; return whether there was one."""
+        if not self.is_outdated():
+            return False
+        generation, settings = self.segment.read_settings()
+        endpoints = {e.index: self._endpoint(e, settings) for e in settings.endpoints}
+        groups = {g.name: (g, self._group(g)) for g in settings.groups}
+        self.settings, self.endpoints, self.groups = settings, endpoints, groups
+        self.config_generation = generation
+        return True
+
+    def _open(self, kind: str, index: int, inode_at: int) -> Semaphore:
+        name = self.names.semaphore(self.segment.token, kind, index)
+        inode = self.segment.words[inode_at]
+        known = self._semaphores.get(f"{name}#{inode}")
+        if known is None:
+            known = semaphores.open_existing(name, inode)
+            self._semaphores[f"{name}#{inode}"] = known
+        return known
+
+    def _bell(self, kind: str, group: int) -> Semaphore:
+        column = "bell_inode" if kind == "b" else "endpoint_bell_inode"
+        return self._open(kind, group, self.segment.layout.at(GROUPS, group, column))
+
+    def _permit(self, kind: str, index: int) -> Semaphore:
+        row = index if kind == "g" else self.segment.layout.groups + index
+        return self._open(kind, index, self.segment.layout.at(PERMITS, row, "semaphore_inode"))
+
+    def _endpoint(self, endpoint: EndpointSettings, settings: PoolSettings) -> EndpointPermits:
+        users = [g for g in settings.groups if not g.endpoints or endpoint.name in g.endpoints]
+        bells = [self._bell("w", g.index) for g in users]
+        return EndpointPermits(self.segment, endpoint.index, self._permit("e", endpoint.index), bells)
+
+    def _group(self, group: GroupSettings) -> GroupPermits:
+        return GroupPermits(
+            self.segment,
+            group.index,
+            self._permit("g", group.index),
+            self._bell("b", group.index),
+            self._bell("w", group.index),
+        )
+
+    def take_token(self, group: GroupPermits) -> Token:
+        """Take a slot out, from a further row if those of the first are in use.
+
+        Raises:
+            TableFullError: neither a slot nor a row is free.
+        """
+        try:
+            return self.table.take(group)
+        except TableFullError:
+            with self._rows:
+                with contextlib.suppress(TableFullError):
+                    return self.table.take(group)
+                if len(self.table.rows) >= _ROWS_MAX:
+                    raise
+                self.table.add_row(self._take_row())
+        return self.table.take(group)
+
+    def _take_row(self) -> Row:
+        return take_row(self.segment, self.locks, server_generation=_server_generation)
+
+    def slot_name(self, token: Token) -> tuple[int, int, int]:
+        """Return row, generation and slot number within the row: what names a token's session at the server."""
+        per_row = self.segment.layout.slots_per_worker
+        return token.number // per_row, self.page[token.page_at], token.number % per_row
+
+    def details_at(self, token: Token, column: str) -> int:
+        """Return where one of a slot's notes lies."""
+        return token.detail_at + SLOTS.column(column)
+
+    def start_background(self) -> None:
+        """Start the background thread, if it does not run (first use in a process)."""
+        if self._background is None:
+            with self._rows:
+                if self._background is None:
+                    self._background = Background(self.names, self._hello, self._look)
+
+    def stop_background(self) -> None:
+        """End the background thread (before a fork, at exit)."""
+        background, self._background = self._background, None
+        if background is not None:
+            background.stop(BACKGROUND_STOP_S)
+
+    def _hello(self) -> dict[str, int]:
+        row = self.table.rows[0]
+        return {"pid": self.pid, "row": row.number, "generation": row.generation}
+
+    def _look(self) -> None:
+        for user in list(self.users):
+            user.look_after_idle()
+
+    def say_waiting(self, group: int) -> None:
+        """Tell the coordinator that a thread sleeps on a group's bell."""
+        if self._background is not None:
+            self._background.say("waiting", group=group)
+
+    def say_evidence(self, endpoint: int, sqlstate: str) -> None:
+        """Tell the coordinator that an endpoint did not serve."""
+        if self._background is not None:
+            self._background.say("evidence", endpoint=endpoint, sqlstate=sqlstate)
+
+    def rest(self) -> int:
+        """Give idle connections back; return how many there were."""
+        return sum(user.rest() for user in list(self.users))
+
+    def leave(self) -> bool:
+        """Give the rows back if nothing is held through them; return whether this process has left the pool.
+
+        Afterwards the next use joins anew.  What is still checked out keeps its row until the process ends.
+        Other threads may use the attachment meanwhile: one that takes a token after the page was cleared finds
+        itself disowned before its first store, and one that took it before keeps the row.
+        """
+        if self.pid != os.getpid() or self.page[0] == 0:
+            return True
+        if not self.table.is_home():
+            return False
+        self.table.forget()
+        if not self.table.is_home():
+            self.table.remember()
+            return False
+        for row in self.table.rows:
+            leave_row(self.segment, self.locks, row)
+        _registry.pop((self.pid, self.names), None)
+        self._close_semaphores()
+        return True
+
+    def disown(self) -> None:
+        """Forget rows that are not this process's any more: nothing is stored or given back through them."""
+        self.table.forget()
+        _registry.pop((self.pid, self.names), None)
+
+    def _close_semaphores(self) -> None:
+        for semaphore in self._semaphores.values():
+            with contextlib.suppress(semaphores.ExistentialError):
+                semaphore.close()
+        self._semaphores.clear()
+
+    def forget_in_child(self) -> None:
+        """Make every copied frame fail (child of a fork)."""
+        self.segment.release()
+        self._close_semaphores()
+
+
+def join(names: Names, token_type: type[Token] = Token) -> Attachment:
+    """Return this process's attachment to a pool, making it on first use.
+
+    Raises:
+        SegmentMissingError, SegmentMismatchError, SegmentRetiredError, TableFullError: says what to do.
+    """
+    pid = os.getpid()
+    known = _registry.get((pid, names))
+    if known is not None and known.is_current():
+        return known
+    with _locks.setdefault(pid, threading.RLock()):
+        known = _registry.get((pid, names))
+        if known is not None:
+            if known.is_current():
+                return known
+            known.disown()
+        segment = attach(names)
+        try:
+            locks = Locks(names, segment.header("lock_inode"))
+            attachment = Attachment(segment, locks, token_type)
+            attachment.refresh()
+            attachment.table.add_row(attachment._take_row())
+        except BaseException:
+            segment.release()
+            raise
+        _registry[pid, names] = attachment
+        return attachment
+
+
+def attached() -> Sequence[Attachment]:
+    """Return this process's attachments."""
+    pid = os.getpid()
+    return [a for (owner, _), a in list(_registry.items()) if owner == pid]
+
+
+def _before_fork() -> None:
+    """Runs in the parent, before every fork."""
+    for attachment in attached():
+        attachment.stop_background()
+        count = attachment.rest()
+        if count:
+            log.warning(
+                "pool %s: attached in pid %d, which now forks; gave back %d idle connections first. "
+                "It was attached by:\n%s",
+                attachment.names.pool,
+                attachment.pid,
+                count,
+                attachment.opened_by,
+            )
+        attachment.leave()
+
+
+def _after_fork_in_child() -> None:
+    """Runs in the child, after every fork."""
+    for (_, _), attachment in list(_registry.items()):
+        attachment.forget_in_child()
+    _registry.clear()
+    _locks.clear()
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)

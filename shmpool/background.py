@@ -1,0 +1,134 @@
+"""The background thread of an attachment: control connection, recall, idle connections.
+
+It starts on first use in a process and ends before a fork.  While no coordinator answers it tries again, later and
+later; everything that needs one goes on without.
+
+Threads.  `say` may be called from any thread; the socket is written without waiting, and what does not fit is lost:
+every message is advice.
+Fork.  `stop` is called before a fork; a child starts its own on first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import select
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+from shmpool.clock import monotonic
+from shmpool.control_client import ControlError, connect
+from shmpool.frames import FrameError, Frames, encode
+from shmpool.names import Names
+
+log = logging.getLogger("shmpool")
+
+SWEEP_S: Final = 5.0  # between looks at idle connections when nothing is asked for
+CONNECT_TIMEOUT_S: Final = 1.0
+RETRY_MIN_S: Final = 0.2
+RETRY_MAX_S: Final = 5.0
+
+
+class Background:
+    """One thread of one attachment.
+
+    Args:
+        hello: what to say on connecting: names the process and its row.
+        look: called in the thread after a message from the coordinator, and every SWEEP_S.
+    """
+
+    def __init__(self, names: Names, hello: Callable[[], dict[str, Any]], look: Callable[[], None]) -> None:
+        self._names = names
+        self._hello = hello
+        self._look = look
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._stopping = False
+        self._socket: socket.socket | None = None
+        self._retry_at = 0.0
+        self._retry_s = RETRY_MIN_S
+        self._thread = threading.Thread(target=self._run, name=f"shmpool-{names.pool}", daemon=True)
+        self._thread.start()
+
+    def say(self, kind: str, **fields: Any) -> None:
+        """Send a message if a coordinator is connected; never waits."""
+        connection = self._socket
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.send(encode(kind, **fields), socket.MSG_DONTWAIT)
+
+    def stop(self, within: float) -> bool:
+        """End the thread; return whether it has ended."""
+        self._stopping = True
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"x")
+        if self._thread is not threading.current_thread():
+            self._thread.join(within)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        frames = Frames()
+        try:
+            while not self._stopping:
+                if self._socket is None and monotonic() >= self._retry_at:
+                    frames = Frames()
+                    self._connect()
+                self._wait(frames)
+                if not self._stopping:
+                    self._look()
+        except Exception:
+            if not self._stopping:
+                log.exception(
+                    "pool %s: background thread ended; idle connections are looked after at checkout",
+                    self._names.pool,
+                )
+        finally:
+            self._disconnect()
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+
+    def _connect(self) -> None:
+        try:
+            connection = connect(self._names, CONNECT_TIMEOUT_S)
+            connection.sendall(encode("hello", **self._hello()))
+        except (ControlError, OSError):
+            self._retry_s = min(RETRY_MAX_S, self._retry_s * 2)
+            self._retry_at = monotonic() + self._retry_s * random.uniform(0.5, 1.0)
+        else:
+            self._retry_s = RETRY_MIN_S
+            self._socket = connection
+
+    def _wait(self, frames: Frames) -> None:
+        """Sleep until a message, `stop`, the next try to connect, or the next sweep."""
+        poller = select.poll()
+        poller.register(self._wake_read, select.POLLIN)
+        seconds = SWEEP_S
+        if self._socket is not None:
+            poller.register(self._socket, select.POLLIN)
+        else:
+            seconds = min(seconds, max(0.0, self._retry_at - monotonic()))
+        ready = [fd for fd, _ in poller.poll(seconds * 1000)]
+        if self._socket is not None and self._socket.fileno() in ready:
+            self._receive(frames)
+
+    def _receive(self, frames: Frames) -> None:
+        assert self._socket is not None
+        try:
+            data = self._socket.recv(4096, socket.MSG_DONTWAIT)
+            if not data:
+                self._disconnect()
+                return
+            frames.feed(data)  # which message it was does not matter: the tables say what is wanted
+        except BlockingIOError:
+            return
+        except (OSError, FrameError):
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        connection, self._socket = self._socket, None
+        self._retry_at = monotonic() + RETRY_MIN_S * random.random()
+        if connection is not None:
+            connection.close()

@@ -1,0 +1,341 @@
+"""The psycopg2 connection of a slot: open it, look after it, put it back in order, close it.
+
+The connection class notes when session properties change, so that a checkin restores only what was touched.
+An application never gets the connection itself but a handle (handle.py), which dies at checkin.
+
+Close is finished when the server's end has gone: the session counts at the server until then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import psycopg2
+from psycopg2 import InterfaceError, OperationalError
+from psycopg2.extensions import (
+    TRANSACTION_STATUS_ACTIVE,
+    TRANSACTION_STATUS_IDLE,
+    TRANSACTION_STATUS_UNKNOWN,
+    connection,
+    cursor,
+    make_dsn,
+    parse_dsn,
+)
+
+from shmpool.clock import monotonic
+from shmpool.settings import EndpointSettings, GroupSettings
+from shmpool.states import Role
+
+CLOSE_BOUND_S: Final = 0.5  # a server needs about a millisecond; past this the slot is left to the coordinator
+APPLICATION_NAME_BYTES: Final = 63  # what PostgreSQL keeps of it
+_PENDING_READS: Final = 4
+
+
+class Connection(connection):
+    """A pooled connection.  Derive from it to add your own methods (`Pool(connection_factory=...)`)."""
+
+    marks: list[weakref.ref[cursor] | None]  # what a checkin must look after: cursors, and None for a session change
+    opened_encoding: str
+    opened_at: float  # CLOCK_MONOTONIC
+
+    def __init__(self, dsn: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(dsn, *args, **kwargs)
+        self.marks = []
+        self.opened_at = monotonic()
+        self.opened_encoding = self.encoding
+
+    def close(self) -> None:
+        """Refuse: the slot's permits must go back too.  Close the handle that checkout returned."""
+        raise InterfaceError("this connection belongs to a pool; close the handle that checkout() returned")
+
+    def set_session(self, *args: Any, **kwargs: Any) -> None:
+        """As psycopg2's; undone at checkin."""
+        self.marks.append(None)
+        super().set_session(*args, **kwargs)
+
+    def set_isolation_level(self, level: int | None) -> None:
+        """As psycopg2's; undone at checkin."""
+        self.marks.append(None)
+        super().set_isolation_level(level)
+
+    def set_client_encoding(self, encoding: str) -> None:
+        """As psycopg2's; undone at checkin."""
+        self.marks.append(None)
+        super().set_client_encoding(encoding)
+
+
+def _noted(name: str) -> property:
+    """Return a property that is psycopg2's attribute `name` and notes that it was set."""
+    base = connection.__dict__[name]
+
+    def get(self: Connection) -> Any:
+        return base.__get__(self, type(self))
+
+    def put(self: Connection, value: Any) -> None:
+        self.marks.append(None)
+        base.__set__(self, value)
+
+    return property(get, put, doc=f"As psycopg2's `{name}`; undone at checkin.")
+
+
+for _name in ("autocommit", "isolation_level", "readonly", "deferrable", "cursor_factory"):
+    setattr(Connection, _name, _noted(_name))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How connections of one group to one endpoint are opened; free of secrets."""
+
+    endpoint: EndpointSettings
+    group: GroupSettings
+    dsn: str
+    autocommit: bool
+    factory: type[Connection]
+    cursor_factory: type[cursor] | None
+    on_connect: Callable[[Any], None] | None
+
+
+def make_recipe(
+    endpoint: EndpointSettings,
+    group: GroupSettings,
+    factory: type[Connection],
+    cursor_factory: type[cursor] | None,
+    on_connect: Callable[[Any], None] | None,
+) -> Recipe:
+    """Lay a group's conninfo and settings over an endpoint's."""
+    merged: dict[str, Any] = parse_dsn(endpoint.conninfo)
+    overlay = parse_dsn(group.conninfo) if group.conninfo else {}
+    given = " ".join(filter(None, (merged.get("options"), overlay.pop("options", None))))
+    merged.update(overlay)
+    options = " ".join(filter(None, (given, _options(group))))
+    if options:
+        merged["options"] = options
+    return Recipe(endpoint, group, make_dsn(**merged), group.autocommit, factory, cursor_factory, on_connect)
+
+
+def _options(group: GroupSettings) -> str:
+    """Return the server settings of a group as start-up options: they cost no round trip."""
+    settings: dict[str, str] = dict(group.settings)
+    for name, seconds in (
+        ("statement_timeout", group.statement_timeout),
+        ("lock_timeout", group.lock_timeout),
+        ("idle_in_transaction_session_timeout", group.idle_in_transaction_session_timeout),
+    ):
+        if seconds is not None:
+            settings[name] = str(round(seconds * 1000))
+    if group.isolation_level != "default":
+        settings["default_transaction_isolation"] = group.isolation_level
+    if group.readonly:
+        settings["default_transaction_read_only"] = "on"
+    return " ".join(f"-c {name}={_escaped(value)}" for name, value in settings.items())
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace(" ", "\\ ")
+
+
+def application_name(prefix: str, pool: str, row: int, generation: int, slot: int) -> str:
+    """Return the name under which a slot's session is seen at the server: `PREFIX shmpool:pool:row.generation:slot`."""
+    fixed = f"shmpool:{pool}:{row}.{generation}:{slot}"
+    room = APPLICATION_NAME_BYTES - len(fixed) - 1
+    cut = prefix.encode()[: max(0, room)].decode(errors="ignore").strip()
+    return f"{cut} {fixed}" if cut else fixed
+
+
+class ConnectFailedError(OperationalError):
+    """psycopg2 could not connect.  `is_over` tells whether the server surely has no session of it."""
+
+    def __init__(self, message: str, *, is_over: bool) -> None:
+        self.is_over = is_over
+        super().__init__(message)
+
+
+class WrongRoleError(OperationalError):
+    """The server is in another role than the group needs."""
+
+
+def open_connection(recipe: Recipe, name: str, secrets: Mapping[str, str]) -> Connection:
+    """Open a connection under an application name.
+
+    Settings go as start-up options and psycopg2 session flags: no round trip beside libpq's own.
+
+    Raises:
+        ConnectFailedError: libpq could not connect.
+        Exception: whatever `on_connect` raised; the connection is closed.
+    """
+    try:
+        conn = psycopg2.connect(
+            recipe.dsn,
+            connection_factory=recipe.factory,
+            cursor_factory=recipe.cursor_factory,
+            application_name=name,
+            **secrets,
+        )
+    except OperationalError as error:
+        told = str(error).strip()
+        over = "FATAL:" in told or "Connection refused" in told
+        raise ConnectFailedError(f"endpoint {recipe.endpoint.name!r}: {told}", is_over=over) from None
+    assert isinstance(conn, Connection)
+    try:
+        if recipe.autocommit:
+            conn.autocommit = True
+        if recipe.on_connect is not None:
+            recipe.on_connect(conn)
+            if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
+                conn.rollback()
+        conn.marks.clear()
+    except BaseException:
+        close_connection(conn)
+        raise
+    return conn
+
+
+def role_of(conn: connection) -> Role:
+    """Return the role that the server reported at start-up (`in_hot_standby`, PostgreSQL 14 and newer)."""
+    value = conn.get_parameter_status("in_hot_standby")
+    if value is None:
+        return _asked_role(conn)
+    return Role.REPLICA if value == "on" else Role.PRIMARY
+
+
+def _asked_role(conn: connection) -> Role:
+    with conn.cursor() as cur:
+        cur.execute("select pg_is_in_recovery()")
+        row = cur.fetchone()
+    if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
+        conn.rollback()
+    return Role.REPLICA if row and row[0] else Role.PRIMARY
+
+
+def is_alive(conn: connection) -> bool:
+    """Whether an idle connection looks alive: a zero-timeout poll of its socket, no round trip (0.4 µs).
+
+    Something to read on an idle connection is a notice, or the server's farewell and the end of the stream.
+    """
+    try:
+        fd = conn.fileno()
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        for _ in range(_PENDING_READS):
+            if not poller.poll(0):
+                return True
+            conn.poll()
+    except (OperationalError, InterfaceError, OSError):
+        pass
+    return False
+
+
+def answers(conn: connection, seconds: float) -> bool:
+    """Whether an idle connection answers a query within `seconds`: one real round trip.
+
+    A server that does not answer is cut off by shutting its socket down, which also frees libpq.
+    """
+    twin = socket.socket(fileno=os.dup(conn.fileno()))
+    timer = threading.Timer(seconds, lambda: twin.shutdown(socket.SHUT_RDWR))
+    timer.start()
+    try:
+        with cursor(conn) as cur:
+            cur.execute("select 1")
+        if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
+            conn.rollback()
+    except (OperationalError, InterfaceError):
+        return False
+    else:
+        return not conn.closed
+    finally:
+        timer.cancel()
+        twin.close()
+
+
+def restore(conn: Connection, recipe: Recipe) -> bool:
+    """Bring a connection back to what the group promises (the checkin contract); False: close it instead.
+
+    A transaction is rolled back in SQL; psycopg2's own `status` misses a BEGIN in autocommit, so libpq's
+    transaction status decides.  Unknown state, COPY, an asynchronous or unread result and two-phase
+    transactions are beyond repair.
+    """
+    if conn.closed:
+        return False
+    close_cursors(conn)
+    status = conn.get_transaction_status()
+    if status in (TRANSACTION_STATUS_UNKNOWN, TRANSACTION_STATUS_ACTIVE) or conn.isexecuting():
+        return False
+    try:
+        if status != TRANSACTION_STATUS_IDLE:
+            _roll_back(conn)
+        if None in conn.marks:
+            _put_session_back(conn, recipe)
+    except psycopg2.Error:
+        return False
+    conn.marks.clear()
+    return conn.get_transaction_status() == TRANSACTION_STATUS_IDLE and not conn.closed
+
+
+def close_cursors(conn: Connection) -> None:
+    """Close what the holder left open, so that no stale cursor reaches the next one."""
+    for mark in conn.marks:
+        cur = mark() if mark is not None else None
+        if cur is not None and not cur.closed:
+            with contextlib.suppress(psycopg2.Error):  # a server-side cursor of a broken transaction: rolled back
+                cur.close()
+
+
+def _roll_back(conn: Connection) -> None:
+    conn.rollback()
+    if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:  # a raw BEGIN that psycopg2 does not know of
+        with cursor(conn) as cur:
+            cur.execute("rollback")
+
+
+def _put_session_back(conn: Connection, recipe: Recipe) -> None:
+    conn.set_session(isolation_level="DEFAULT", readonly="DEFAULT", deferrable="DEFAULT", autocommit=False)
+    if recipe.autocommit:
+        conn.autocommit = True
+    conn.cursor_factory = recipe.cursor_factory  # type: ignore[assignment]  # None is psycopg2's default
+    if conn.encoding != conn.opened_encoding:
+        conn.set_client_encoding(conn.opened_encoding)
+    del conn.notices[:]
+
+
+def close_connection(conn: connection) -> bool:
+    """Close, and wait until the server's end has gone; False: it had not within CLOSE_BOUND_S.
+
+    Reads and discards from a duplicate of the descriptor until the end of the stream (over TLS a reset).
+    """
+    if conn.closed:
+        return True  # psycopg2 saw the end of the stream
+    try:
+        twin = os.dup(conn.fileno())
+    except (InterfaceError, OSError):
+        connection.close(conn)
+        return True
+    try:
+        connection.close(conn)
+        return _wait_for_end(twin)
+    finally:
+        os.close(twin)
+
+
+def _wait_for_end(fd: int) -> bool:
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    deadline = monotonic() + CLOSE_BOUND_S
+    while (remaining := deadline - monotonic()) > 0:
+        if not poller.poll(remaining * 1000):
+            continue
+        try:
+            if not os.read(fd, 8192):
+                return True
+        except BlockingIOError:
+            continue
+        except (ConnectionResetError, BrokenPipeError, TimeoutError):
+            return True
+    return False

@@ -1,0 +1,73 @@
+"""The client's half of the control socket: connect, one request and its answer.
+
+Blocking, with a deadline.  A connection belongs to one process and one thread at a time.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import Any, Final
+
+from shmpool.errors import MechanismError
+from shmpool.frames import Frames, Message, encode
+from shmpool.names import Names
+
+UNASKED: Final = frozenset({"recall", "config"})  # what the coordinator sends of its own accord
+_CHUNK_BYTES: Final = 16 * 1024
+
+
+class ControlError(MechanismError):
+    """No coordinator answers on the control socket, or it refused the request."""
+
+
+def connect(names: Names, timeout: float) -> socket.socket:
+    """Open a connection to the pool's coordinator.
+
+    Raises:
+        ControlError: nobody listens.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    connection.settimeout(timeout)
+    try:
+        connection.connect(str(names.socket))
+    except OSError as error:
+        connection.close()
+        raise ControlError(
+            f"pool {names.pool!r}: no coordinator listens on {names.socket} ({error.strerror or error}); "
+            f"is one running for uid {names.uid}?"
+        ) from None
+    return connection
+
+
+def request(names: Names, kind: str, timeout: float = 5.0, **fields: Any) -> Message:
+    """Send one message over a connection of its own and return the answer.
+
+    Args:
+        timeout: seconds, for everything together.
+
+    Raises:
+        ControlError: nobody listens, no answer in time, or the answer is an `error`.
+    """
+    deadline = time.monotonic() + timeout
+    with connect(names, timeout) as connection:
+        try:
+            connection.sendall(encode(kind, **fields))
+            answer = _answer(connection, deadline)
+        except OSError as error:
+            raise ControlError(f"pool {names.pool!r}: no answer to {kind!r} in {timeout:g} s ({error})") from None
+    if answer["type"] == "error":
+        raise ControlError(str(answer.get("reason", "the coordinator refused")))
+    return answer
+
+
+def _answer(connection: socket.socket, deadline: float) -> Message:
+    frames = Frames()
+    while True:
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
+        data = connection.recv(_CHUNK_BYTES)
+        if not data:
+            raise ControlError("the coordinator closed the connection without an answer")
+        for message in frames.feed(data):
+            if message["type"] not in UNASKED:
+                return message

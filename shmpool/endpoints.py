@@ -1,0 +1,53 @@
+"""Read the endpoint table: what routing needs to know of each endpoint now.
+
+Writers.  The coordinator writes every word of an endpoint row; workers only read.
+Stale reads.  A route may be one probe behind; the role is checked on the open connection, so no harm is done.
+If a process dies.  Without a coordinator the words stay; the heartbeat tells that they are old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from shmpool.clock import monotonic
+from shmpool.layout import ENDPOINTS, HEADER
+from shmpool.routing import Candidate
+from shmpool.segment import Segment
+from shmpool.settings import EndpointSettings
+from shmpool.slots import EndpointPermits
+from shmpool.words import Control, Status
+
+_STATUS = ENDPOINTS.column("status")
+_LAG = ENDPOINTS.column("lag")
+_LAG_BYTES = ENDPOINTS.column("lag_bytes")
+
+
+def status_at(segment: Segment, index: int) -> int:
+    """Return where an endpoint's status word lies."""
+    return segment.layout.at(ENDPOINTS, index) + _STATUS
+
+
+def read_candidate(segment: Segment, settings: EndpointSettings, permits: EndpointPermits) -> Candidate:
+    """Return what is known of an endpoint."""
+    at = segment.layout.at(ENDPOINTS, settings.index)
+    lag = segment.times[at + _LAG]
+    issued = Control.of(segment.words[permits.control_at]).issued
+    return Candidate(
+        settings=settings,
+        status=Status.of(segment.words[at + _STATUS]),
+        in_use=max(0, issued - permits.semaphore.value),
+        lag_s=lag if lag >= 0 else None,
+        lag_bytes=segment.words[at + _LAG_BYTES],
+    )
+
+
+def read_candidates(
+    segment: Segment, settings: tuple[EndpointSettings, ...], permits: Mapping[int, EndpointPermits]
+) -> list[Candidate]:
+    """Return what is known of every endpoint."""
+    return [read_candidate(segment, e, permits[e.index]) for e in settings]
+
+
+def heartbeat_age(segment: Segment) -> float:
+    """Return how many seconds ago the coordinator ticked last."""
+    return monotonic() - float(segment.times[segment.layout.at(HEADER, 0, "heartbeat")])

@@ -1,0 +1,586 @@
+"""A group as one process uses it: its idle connections, its waiting threads, opening and giving back.
+
+Waiting is local and global at once.  Threads queue in order of arrival; one of them, the scout, sleeps on the
+group's bell for all.  What comes first serves the head of the queue: a checkin of this process, or a permit that the
+scout got, with the connection it opened.
+
+Guarantees: no lock on the uncontended path; a connection that is handed over and not taken goes back to its slot.
+Threads.  Everything here may run in any thread; deques and single attribute stores carry all shared state.
+If a thread is interrupted by an exception.  What it held is dropped, and thereby given back (slots.py); a waiter that
+    left without leaving the queue is skipped when its lease falls into nobody's hands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import threading
+import time
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+import psycopg2
+from psycopg2.extensions import cursor
+
+from shmpool import slots
+from shmpool.attachment import Attachment
+from shmpool.clock import monotonic, slept
+from shmpool.connection import (
+    ConnectFailedError,
+    Connection,
+    Recipe,
+    WrongRoleError,
+    answers,
+    application_name,
+    close_connection,
+    is_alive,
+    open_connection,
+    role_of,
+)
+from shmpool.credentials import read_secrets
+from shmpool.endpoints import heartbeat_age, read_candidates, status_at
+from shmpool.errors import DisownedError, TableFullError
+from shmpool.pool_errors import NoEligibleEndpoint, PoolTimeout
+from shmpool.reports import describe_group
+from shmpool.routing import Route, choose, is_role_allowed
+from shmpool.semaphores import SLICE_S, ring
+from shmpool.settings import GroupSettings
+from shmpool.slots import EndpointPermits, GroupPermits, Token
+from shmpool.states import Use
+from shmpool.words import Status
+
+if TYPE_CHECKING:
+    from shmpool.pool import Pool
+
+PING_TIMEOUT_S: Final = 5.0
+LIFETIME_JITTER: Final = 0.05
+REFUSED_PAUSE_S: Final = 0.05  # between rounds in which every eligible endpoint refused
+AVOID_S: Final = 1.0  # how long an endpoint that refused is tried last
+BYPASS_S: Final = 0.5  # a connection used within this window is handed out without a look at its socket
+_PASSING: Final = (
+    "starting up",
+    "shutting down",
+    "not yet accepting",
+    "too many clients",
+    "too many connections",
+    "connection slots",
+)  # of a server that answers: it will serve soon
+
+
+class Lease(Token):
+    """A token with its connection: what the idle deques hold, and what a handle stands for.
+
+    Words, page and row are those of the attachment that the connection was claimed through.
+    """
+
+    __slots__ = (
+        "active_use",
+        "checkouts",
+        "checkouts_at",
+        "connection",
+        "expires",
+        "group",
+        "idle",
+        "idle_use",
+        "marks",
+        "page",
+        "pool",
+        "recipe",
+        "since",
+        "since_at",
+        "slept",
+        "status",
+        "status_at",
+        "table",
+        "times",
+        "waiters",
+        "words",
+    )
+
+    active_use: int
+    idle_use: int
+    checkouts: int
+    checkouts_at: int
+    connection: Connection
+    marks: list[weakref.ref[cursor] | None]  # the connection's
+    expires: float
+    group: LocalGroup
+    idle: deque[Lease]
+    page: memoryview  # the one word of the private page that stands for this row
+    pool: Pool
+    recipe: Recipe
+    since: float  # last checkout, CLOCK_MONOTONIC
+    since_at: int
+    slept: float  # clock.slept() at the last look
+    status: int  # the endpoint's status word when it was last judged
+    status_at: int
+    table: slots.SlotTable
+    times: memoryview[float]
+    waiters: deque[Waiter]
+    words: memoryview
+
+
+class Waiter:
+    """A thread in the queue; `lease` is what it was handed."""
+
+    __slots__ = ("lease", "lock", "since")
+
+    def __init__(self) -> None:
+        self.lease: Lease | None = None
+        self.since = monotonic()
+        self.lock = threading.Lock()
+        self.lock.acquire()
+
+    def wake(self) -> None:
+        """Let the thread look again."""
+        with contextlib.suppress(RuntimeError):  # it is awake already
+            self.lock.release()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep until woken, for one slice at most."""
+        self.lock.acquire(timeout=max(0.0, min(seconds, SLICE_S)))
+
+
+class LocalGroup:
+    """Made by the pool for each group of an attachment; replaced when the configuration of the group changes."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        attachment: Attachment,
+        settings: GroupSettings,
+        permits: GroupPermits,
+        recipes: dict[int, Recipe],
+    ) -> None:
+        self.pool = pool
+        self.attachment = attachment
+        self.table = attachment.table
+        self.settings = settings
+        self.permits = permits
+        self.recipes = recipes
+        self.idle: deque[Lease] = deque()
+        self.waiters: deque[Waiter] = deque()
+        self.is_retired = False
+        self._scout: Waiter | None = None
+        self._turn = 0
+        self._avoid: dict[int, float] = {}  # endpoint -> monotonic time until which it is tried last
+
+    def __repr__(self) -> str:
+        return f"<LocalGroup {self.settings.name!r} idle={len(self.idle)} waiting={len(self.waiters)}>"
+
+    # -- idle connections
+
+    def is_fit(self, lease: Lease) -> bool:
+        """Judge an idle connection with every check; give it back if it must not be handed out."""
+        if not lease.table.owns(lease):
+            self.disown(lease)
+            return False
+        if lease.group is not self or not self._is_endpoint_fit(lease):
+            self.give_back(lease)
+            return False
+        now = monotonic()
+        asleep = slept()
+        idle = now - lease.since + max(0.0, asleep - lease.slept)  # a suspended machine's peers forget
+        lease.slept = asleep
+        lease.words[lease.checkouts_at] = lease.checkouts
+        if now >= lease.expires:
+            fit = False
+        elif idle >= self.settings.ping_after:
+            fit = answers(lease.connection, PING_TIMEOUT_S)
+        else:
+            fit = idle < BYPASS_S or is_alive(lease.connection)
+        if not fit:
+            self.give_back(lease)
+        return fit
+
+    def _is_endpoint_fit(self, lease: Lease) -> bool:
+        """Whether the endpoint is what it was when the connection was opened, and still eligible."""
+        seen: int = lease.words[lease.status_at]
+        if seen == lease.status:
+            return True
+        if Status.of(seen).epoch != Status.of(lease.status).epoch:
+            return False
+        lease.status = seen  # weight or verdict: nothing that a connection depends on
+        return True
+
+    def pop_idle(self) -> Lease | None:
+        """Take out an idle connection that is fit, if there is one."""
+        while True:
+            try:
+                lease = self.idle.pop()
+            except IndexError:
+                return None
+            if self.is_fit(lease):
+                return lease
+
+    def look_after_idle(self) -> None:
+        """Give back idle connections that are recalled, too old, unused for `max_idle`, or that died."""
+        now = monotonic()
+        for _ in range(len(self.idle)):
+            try:
+                lease = self.idle.popleft()
+            except IndexError:
+                return
+            wanted_back = lease.words[lease.recall_at] == lease.words[lease.word_at]
+            if wanted_back or self.is_retired or now - lease.since >= self.settings.max_idle:
+                self.give_back(lease)
+            elif self.is_fit(lease):
+                self.put_idle(lease)
+
+    def put_idle(self, lease: Lease) -> None:
+        """Let a connection rest; serve a waiting thread first."""
+        lease.words[lease.use_at] = lease.idle_use
+        lease.idle.append(lease)
+        if self.waiters:
+            self.serve()
+
+    def rest(self) -> int:
+        """Give back every idle connection; return how many there were."""
+        count = 0
+        with contextlib.suppress(IndexError):
+            while True:
+                self.give_back(self.idle.pop())
+                count += 1
+        return count
+
+    def retire(self) -> None:
+        """Take no part any more: idle connections go now, those in use at checkin."""
+        self.is_retired = True
+        self.waiters.append(Waiter())  # nobody; it leads every checkin to `serve`
+        self.rest()
+
+    def give_back(self, lease: Lease) -> None:
+        """Close a connection and give its permits back; leave them to the coordinator if the server lingers."""
+        table = lease.table
+        if not table.owns(lease):
+            self.disown(lease)
+            return
+        lease.words[lease.use_at] = int(Use.CLOSING) | self.permits.index << 8
+        lease.times[lease.since_at] = monotonic()
+        if close_connection(lease.connection):
+            table.release(lease)
+        else:
+            table.abandon(lease)
+
+    def disown(self, lease: Lease) -> None:
+        """Forget a connection whose slot is not this process's any more.
+
+        After a fork it is the parent's, and its socket must not be touched; else it is closed.
+        """
+        lease.tether.resource = None
+        if self.attachment.pid == os.getpid():
+            close_connection(lease.connection)
+
+    def numbers(self) -> dict[str, float]:
+        """Return this process's connections and counters of the group."""
+        return {
+            "idle": len(self.idle),
+            "held": self.table.out(self.permits),
+            "waiting": len(self.waiters) - self.is_retired,
+            **self.table.counters(self.permits),
+        }
+
+    # -- waiting
+
+    def serve(self) -> None:
+        """Hand idle connections to waiting threads, first come first served."""
+        if self.is_retired:
+            self.rest()
+            return
+        while self.idle:
+            waiter = self._next_to_serve()
+            if waiter is None:
+                if self._scout is not None:
+                    ring(self.permits.bell)  # it sleeps there; a stranger may take the ring: a slice bounds the delay
+                return
+            try:
+                waiter.lease = self.idle.pop()
+            except IndexError:
+                self.waiters.appendleft(waiter)
+                return
+            waiter.wake()
+
+    def _next_to_serve(self) -> Waiter | None:
+        """Take the first waiter out of the queue, the scout only if it wakes on its lock."""
+        try:
+            waiter = self.waiters.popleft()
+        except IndexError:
+            return None
+        if waiter is not self._scout:
+            return waiter
+        try:
+            following = self.waiters.popleft()
+        except IndexError:
+            following = None
+        self.waiters.appendleft(waiter)
+        return following
+
+    def acquire(self, deadline: float) -> Lease:
+        """Return a connection that rests, is handed over, or is opened, whichever comes first.
+
+        Raises:
+            PoolTimeout, NoEligibleEndpoint: nothing came by `deadline` (monotonic clock).
+            psycopg2.OperationalError: endpoints were tried, and none took the connection.
+        """
+        attempt = Attempt()
+        if not self.waiters:
+            lease = self._claim_and_open(attempt, deadline, scout=None)
+            if lease is not None:
+                return lease
+        waiter = Waiter()
+        self.waiters.append(waiter)
+        try:
+            while True:
+                lease = self._take_handed(waiter) or self.pop_idle()
+                if lease is None and self._is_scout(waiter):
+                    lease = self._scouted(waiter, attempt, deadline)
+                if lease is not None:
+                    self._count_wait(lease, monotonic() - waiter.since)
+                    return lease
+                remaining = deadline - monotonic()
+                if remaining <= 0:
+                    raise self._give_up(attempt, monotonic() - waiter.since)
+                if self._scout is not waiter:
+                    waiter.sleep(remaining)
+        finally:
+            self._leave_queue(waiter)
+
+    def _take_handed(self, waiter: Waiter) -> Lease | None:
+        lease, waiter.lease = waiter.lease, None
+        if lease is None:
+            return None
+        if self.is_fit(lease):
+            return lease
+        self.waiters.appendleft(waiter)  # it keeps its place
+        return None
+
+    def _is_scout(self, waiter: Waiter) -> bool:
+        """Whether this thread sleeps on the bell for all; two for a moment do no harm."""
+        if self._scout is None:
+            self._scout = waiter
+        return self._scout is waiter
+
+    def _scouted(self, waiter: Waiter, attempt: Attempt, deadline: float) -> Lease | None:
+        """Get a permit and open a connection: for the head of the queue, or for the scout itself."""
+        lease = self._claim_and_open(attempt, deadline, scout=waiter)
+        if lease is None:
+            if self._scout is waiter:
+                self._pass_scouting_on(waiter)
+            return None
+        if next(iter(self.waiters), waiter) is waiter:
+            return lease
+        self.put_idle(lease)
+        return None
+
+    def _pass_scouting_on(self, waiter: Waiter) -> None:
+        """After a slice in vain the youngest waiter scouts, so that checkins serve this thread in its turn."""
+        with contextlib.suppress(IndexError):
+            youngest = self.waiters[-1]
+            if youngest is not waiter:
+                self._scout = youngest
+                youngest.wake()
+
+    def _leave_queue(self, waiter: Waiter) -> None:
+        with contextlib.suppress(ValueError):
+            self.waiters.remove(waiter)
+        if self._scout is waiter:
+            self._scout = None
+            self._wake_youngest(waiter)
+        lease, waiter.lease = waiter.lease, None
+        if lease is not None:
+            self.put_idle(lease)
+
+    def _wake_youngest(self, but: Waiter) -> None:
+        with contextlib.suppress(IndexError):
+            if self.waiters[-1] is not but:
+                self.waiters[-1].wake()
+
+    # -- claiming and opening
+
+    def _claim_and_open(self, attempt: Attempt, deadline: float, scout: Waiter | None) -> Lease | None:
+        """Claim permits, as scout sleeping on the group's bells, and open a connection; None: look again."""
+        if not self.attachment.is_current():
+            raise DisownedError("the attachment is not this process's any more")
+        route = self._route(attempt)
+        token = self._take_token() if route.order else None
+        if token is None:
+            if scout is not None:
+                scout.sleep(deadline - monotonic())
+            return None
+        if scout is None:
+            granted = self.table.claim_once(token, self.permits, self._permits_of(route))
+        else:
+            granted = self._wait_on_bell(token, attempt, deadline, scout)
+        if not granted:
+            self.table.put_back(token)
+            return None
+        if scout is not None and self._scout is scout:
+            self._scout = None  # opening takes a while: let another thread scout meanwhile
+            self._wake_youngest(scout)
+        return self._open(token, attempt, deadline)
+
+    def _wait_on_bell(self, token: Lease, attempt: Attempt, deadline: float, scout: Waiter) -> bool:
+        began = monotonic()
+
+        def is_done() -> bool:
+            relieved = len(self.waiters) > 1 and monotonic() - began >= SLICE_S
+            return bool(self.idle) or scout.lease is not None or relieved
+
+        self.attachment.say_waiting(self.permits.index)
+        return self.table.wait(
+            token,
+            self.permits,
+            lambda: self._permits_of(self._route(attempt)),
+            deadline,
+            is_done=is_done,
+            queued=lambda: len(self.waiters) - 1,
+        )
+
+    def _take_token(self) -> Lease | None:
+        """Take a slot out, unless the worker holds as many for this group as it may."""
+        if self.table.out(self.permits) >= self.settings.per_worker_max:
+            return None
+        try:
+            token = self.attachment.take_token(self.permits)
+        except TableFullError:
+            return None
+        assert isinstance(token, Lease)
+        if self.table.out(self.permits) > self.settings.per_worker_max:
+            self.table.put_back(token)
+            return None
+        return token
+
+    def _route(self, attempt: Attempt) -> Route:
+        """Ask for the endpoints to try now; those that refused lately come last."""
+        attachment = self.attachment
+        self._turn += 1
+        route = choose(
+            self.settings,
+            read_candidates(attachment.segment, attachment.settings.endpoints, attachment.endpoints),
+            is_stale=heartbeat_age(attachment.segment) > attachment.settings.stale_after,
+            turn=self._turn,
+        )
+        now = monotonic()
+        order = tuple(sorted(route.order, key=lambda index: self._avoid.get(index, 0.0) > now))
+        attempt.route = Route(order, route.refusals)
+        return attempt.route
+
+    def _permits_of(self, route: Route) -> list[EndpointPermits]:
+        return [self.attachment.endpoints[index] for index in route.order if index in self.recipes]
+
+    def _open(self, token: Lease, attempt: Attempt, deadline: float) -> Lease | None:
+        """Open the connection of a claimed token; None: it failed, and the permits went back."""
+        endpoint = token.tether.endpoint
+        assert endpoint is not None
+        recipe = self.recipes[endpoint.index]
+        row, generation, slot = self.attachment.slot_name(token)
+        name = application_name(self.settings.application_name, self.pool.name, row, generation, slot)
+        token.status_at = status_at(self.attachment.segment, endpoint.index)
+        token.status = self.table.words[token.status_at]
+        began = monotonic()
+        try:
+            conn = open_connection(recipe, name, read_secrets(recipe.endpoint))
+        except ConnectFailedError as error:
+            self._count(token, slots.ERRORS, 1)
+            self._let_go_unopened(token, is_over=error.is_over)
+            self._refused(endpoint.index, error, attempt, deadline)
+            return None
+        except BaseException:
+            self._let_go_unopened(token, is_over=True)
+            raise
+        self._fill_in(token, conn, recipe)
+        self._count(token, slots.OPENS, 1)
+        self.table.times[token.detail_at + slots.OPEN_TOTAL] += monotonic() - began
+        role = role_of(conn)
+        if not is_role_allowed(self.settings.target, role):
+            self.give_back(token)
+            wrong = WrongRoleError(
+                f"endpoint {recipe.endpoint.name!r} is a {role.name.lower()}, group "
+                f"{self.settings.name!r} wants {self.settings.target}"
+            )
+            self._refused(endpoint.index, wrong, attempt, deadline)
+            return None
+        self._avoid.pop(endpoint.index, None)
+        return token
+
+    def _fill_in(self, token: Lease, conn: Connection, recipe: Recipe) -> None:
+        """Make a claimed token a lease: from here on a dropped reference leads to close and release."""
+        table = self.table
+        token.connection = conn
+        token.tether.resource = conn
+        token.table, token.words, token.times = table, table.words, table.times
+        token.page = table.page[token.page_at : token.page_at + 1]
+        token.group, token.pool, token.recipe = self, self.pool, recipe
+        token.idle, token.waiters = self.idle, self.waiters
+        token.idle_use = int(Use.IDLE) | self.permits.index << 8
+        token.active_use = int(Use.ACTIVE) | self.permits.index << 8
+        token.marks = conn.marks
+        token.since = monotonic()
+        token.slept = slept()
+        token.since_at = token.detail_at + slots.SINCE
+        token.checkouts_at = token.detail_at + slots.CHECKOUTS
+        token.checkouts = table.words[token.checkouts_at]
+        jitter = 1 - LIFETIME_JITTER * random.random()
+        token.expires = conn.opened_at + self.settings.max_lifetime * jitter
+        table.words[token.detail_at + slots.ENDPOINT_EPOCH] = Status.of(token.status).epoch
+        table.words[token.detail_at + slots.BACKEND_PID] = conn.get_backend_pid()
+
+    def _let_go_unopened(self, token: Lease, *, is_over: bool) -> None:
+        """Give a token's permits back, or, if a session may yet appear at the server, leave them to the coordinator."""
+        if is_over:
+            self.table.release(token)
+        else:
+            self.table.abandon(token)
+
+    def _refused(self, endpoint: int, error: psycopg2.OperationalError, attempt: Attempt, deadline: float) -> None:
+        """Note that an endpoint did not serve; pause once a round, and tell the coordinator."""
+        self.attachment.say_evidence(endpoint, str(error))
+        self._avoid[endpoint] = monotonic() + AVOID_S
+        again = endpoint in attempt.failures
+        attempt.failures[endpoint] = error
+        eligible = set(attempt.route.order) if attempt.route else set()
+        if eligible <= set(attempt.failures):
+            if attempt.is_hopeless():
+                raise error
+            if again or len(eligible) == 1:
+                time.sleep(max(0.0, min(REFUSED_PAUSE_S, deadline - monotonic())))
+
+    def _give_up(self, attempt: Attempt, waited: float) -> Exception:
+        """Return the error that tells best why nothing came in time."""
+        self._count_timeout()
+        if attempt.failures:
+            return next(reversed(attempt.failures.values()))
+        if attempt.route is not None and not attempt.route.order:
+            return NoEligibleEndpoint(self.settings.name, self.settings.target, attempt.route.refusals)
+        return PoolTimeout(describe_group(self.attachment.segment, self.settings.name, self.permits, waited))
+
+    def _count(self, token: Lease, counter: int, more: int) -> None:
+        self.table.words[token.detail_at + counter] += more
+
+    def _count_wait(self, lease: Lease, waited: float) -> None:
+        lease.table.count_wait(lease, waited)
+
+    def _count_timeout(self) -> None:
+        with contextlib.suppress(TableFullError):
+            token = self.table.take(self.permits)
+            self.table.words[token.detail_at + slots.TIMEOUTS] += 1
+            self.table.put_back(token)
+
+
+class Attempt:
+    """What one checkout has tried so far."""
+
+    __slots__ = ("failures", "route")
+
+    def __init__(self) -> None:
+        self.route: Route | None = None
+        self.failures: dict[int, psycopg2.OperationalError] = {}
+
+    def is_hopeless(self) -> bool:
+        """Whether every failure is of a kind that does not pass by itself: credentials, database, certificate."""
+        return all(
+            "FATAL:" in str(error) and not any(passing in str(error) for passing in _PASSING)
+            for error in self.failures.values()
+        )

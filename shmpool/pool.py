@@ -1,0 +1,333 @@
+"""The pool of one process: checkout, checkin, statistics.
+
+A warm checkout and checkin execute no lock, no system call but a clock read in the vDSO, and no logging: a deque
+pop and append, a handful of loads and compares, three stores (`make bench` counts the nanoseconds).
+
+    checkout   this process and row (one load each), epoch and state of the endpoint (one load), lifetime, idle age
+    checkin    transaction status, session changes, recall (one load), open cursors, waiting threads
+
+Guarantees: a connection has one user at a time; a handle is dead after checkin; an exception at any point loses
+neither connection nor permit (leases are tokens: dropping one gives the slot back).
+Assumptions: deque append and pop are atomic; attribute loads and stores are.
+
+Threads.  One pool object serves all threads.  Fork.  A pool made before fork works in each child: it attaches there on
+first use, with connections of its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import weakref
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from psycopg2.extensions import cursor
+
+from shmpool.attachment import Attachment, join
+from shmpool.clock import monotonic
+from shmpool.connection import Connection, close_connection, make_recipe, restore
+from shmpool.errors import DisownedError, MechanismError
+from shmpool.handle import Handle
+from shmpool.local_group import BYPASS_S, Lease, LocalGroup
+from shmpool.names import Names
+from shmpool.pool_errors import CoordinatorNotRunning, PoolClosed, PoolError, UnknownGroup
+
+
+class Pool:
+    """Connections of this process, within the budget of the whole host.
+
+    Cheap to make, also at import and before fork: it attaches on first use in each process.
+
+    Args:
+        name: the pool; default: environment variable SHMPOOL_NAME.
+        connection_factory: a subclass of `shmpool.Connection`.
+        cursor_factory: psycopg2 cursor class for new cursors.
+        on_connect: called once with each new connection (type registration, adapters, SET ROLE).
+        uid: whose pool it is; default: the effective user's.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        connection_factory: type[Connection] = Connection,
+        cursor_factory: type[cursor] | None = None,
+        on_connect: Callable[[Any], None] | None = None,
+        uid: int | None = None,
+    ) -> None:
+        chosen = name or os.environ.get("SHMPOOL_NAME")
+        if not chosen:
+            raise ValueError("Pool() needs a name, as argument or in the environment variable SHMPOOL_NAME")
+        Names.of(chosen, uid)  # a bad name fails here, not at first use
+        if not issubclass(connection_factory, Connection):
+            raise TypeError(f"connection_factory {connection_factory!r}: expected a subclass of shmpool.Connection")
+        self.name = chosen
+        self._uid = uid
+        self.connection_factory = connection_factory
+        self.cursor_factory = cursor_factory
+        self.on_connect = on_connect
+        self._closed = False
+        self._state: _State | None = None
+        self._idle: dict[str, deque[Lease]] = {}
+        _pools.add(self)
+
+    def __repr__(self) -> str:
+        return f"<shmpool.Pool {self.name!r}{', closed' if self._closed else ''}>"
+
+    def checkout(self, group: str, timeout: float | None = None) -> Handle:
+        """Return a connection of a group; give it back with `checkin`, or close the handle.
+
+        Args:
+            timeout: seconds to wait at most; default: the group's. 0: do not wait.
+
+        Raises:
+            PoolTimeout, NoEligibleEndpoint, UnknownGroup, PoolClosed, CoordinatorNotRunning,
+            psycopg2.OperationalError: no endpoint could be reached in time.
+        """
+        lease = None
+        try:
+            lease = self._idle[group].pop()
+            words = lease.words
+            if words[lease.generation_at] == lease.page[0] and words[lease.status_at] == lease.status:
+                now = monotonic()
+                if now < lease.expires and now - lease.since < BYPASS_S:
+                    lease.since = now
+                    lease.times[lease.since_at] = now
+                    words[lease.use_at] = lease.active_use
+                    handle = Handle()
+                    handle._lease = lease
+                    return handle
+        except (KeyError, IndexError, ValueError):
+            pass
+        return self._checkout_slowly(group, timeout, lease)
+
+    def checkin(self, handle: Handle) -> None:
+        """Give a connection back; the handle and its cursors are dead afterwards.  A second time: nothing.
+
+        An open transaction is rolled back, session properties are restored; a connection that cannot be brought
+        back in order is closed.  In a child of the process that checked it out: nothing happens to it.
+        """
+        lease = handle._lease
+        if lease is None:
+            return
+        handle._lease = None
+        words = lease.words
+        if not lease.page[0] or lease.connection.get_transaction_status() or lease.marks or words[lease.recall_at]:
+            self._checkin_slowly(lease)
+            return
+        words[lease.use_at] = lease.idle_use
+        lease.checkouts += 1
+        lease.idle.append(lease)
+        if lease.waiters:
+            lease.group.serve()
+
+    def connection(self, group: str, timeout: float | None = None) -> Lending:
+        """Return a context manager around `checkout` and `checkin`.
+
+        In groups without autocommit it commits on success and rolls back on an exception.
+        """
+        return Lending(self, group, timeout)
+
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """Return this process's numbers for each group it has used: connections, waiting threads, counters."""
+        state = self._state
+        if state is None or not state.attachment.table.rows:
+            return {}
+        return {name: local.numbers() for name, local in state.groups.items()}
+
+    def close(self) -> None:
+        """Close idle connections and give their permits back; those in use follow at checkin.  May be repeated."""
+        self._closed = True
+        state, self._state, self._idle = self._state, None, {}
+        if state is not None and state.attachment.pid == os.getpid():
+            state.attachment.users.discard(self)
+            state.retire()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _joined(self) -> _State:
+        """Return the state of an attachment that this process may use now, with the current configuration."""
+        if self._closed:
+            raise PoolClosed(f"pool {self.name!r} was closed; make a new shmpool.Pool")
+        state = self._state
+        if state is not None and state.attachment.is_current():
+            if state.attachment.config_generation != state.generation or state.attachment.refresh():
+                state.refresh(self)
+                self._idle = state.idle()
+            return state
+        try:
+            attachment = join(Names.of(self.name, self._uid), Lease)
+        except MechanismError as error:
+            raise CoordinatorNotRunning(how_to_start(self.name, error)) from error
+        fresh = _State(attachment)
+        fresh.refresh(self)
+        self._state, self._idle = fresh, fresh.idle()
+        attachment.users.add(self)
+        attachment.start_background()
+        if state is not None and state.attachment.pid == os.getpid():
+            state.attachment.users.discard(self)
+            state.retire()
+        return fresh
+
+    def _checkout_slowly(self, group: str, timeout: float | None, lease: Lease | None) -> Handle:
+        """Everything that is not a warm checkout: join, look after an idle connection, claim and open, wait."""
+        deadline = None if timeout is None else monotonic() + timeout
+        while True:
+            state = self._joined()
+            local = state.groups.get(group)
+            if local is None:
+                raise UnknownGroup(group, self.name, list(state.groups))
+            if deadline is None:
+                deadline = monotonic() + local.settings.timeout
+            if lease is not None and not local.is_fit(lease):
+                lease = None
+            try:
+                state.tidy()
+                lease = lease or local.pop_idle() or local.acquire(deadline)
+                break
+            except DisownedError:
+                if monotonic() >= deadline:
+                    raise CoordinatorNotRunning(how_to_start(self.name, "the segment was retired")) from None
+        lease.since = monotonic()
+        lease.times[lease.since_at] = lease.since
+        lease.words[lease.use_at] = lease.active_use
+        handle = Handle()
+        handle._lease = lease
+        return handle
+
+    def _checkin_slowly(self, lease: Lease) -> None:
+        if not lease.page[0]:
+            return  # a child's copy: the parent's connection is not touched
+        wanted_back = lease.words[lease.recall_at] == lease.words[lease.word_at]
+        lease.checkouts += 1
+        lease.words[lease.checkouts_at] = lease.checkouts
+        if wanted_back or not restore(lease.connection, lease.recipe):
+            lease.group.give_back(lease)
+        else:
+            lease.group.put_idle(lease)
+
+    def rest(self) -> int:
+        """Give idle connections back; return how many there were (before a fork)."""
+        state = self._state
+        return 0 if state is None else sum(local.rest() for local in state.groups.values())
+
+    def look_after_idle(self) -> None:
+        """Give back idle connections that are recalled, too old or dead (background thread)."""
+        state = self._state
+        if state is None:
+            return
+        state.tidy()
+        for local in state.groups.values():
+            local.look_after_idle()
+        if not state.attachment.is_current() or state.attachment.is_outdated():
+            with contextlib.suppress(PoolError):
+                self._joined()
+
+
+class _State:
+    """A pool's groups as far as they belong to one attachment; it dies with it (fork, another segment)."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+        self.groups: dict[str, LocalGroup] = {}
+        self.generation = 0
+
+    def refresh(self, pool: Pool) -> None:
+        """Follow the configuration: a group that changed is replaced, one that went is retired."""
+        attachment = self.attachment
+        groups: dict[str, LocalGroup] = {}
+        for name, (settings, permits) in attachment.groups.items():
+            recipes = {
+                endpoint.index: make_recipe(
+                    endpoint, settings, pool.connection_factory, pool.cursor_factory, pool.on_connect
+                )
+                for endpoint in attachment.settings.endpoints
+            }
+            known = self.groups.get(name)
+            if known is not None and (known.settings, known.recipes) == (settings, recipes):
+                known.permits = permits
+                groups[name] = known
+            else:
+                groups[name] = LocalGroup(pool, attachment, settings, permits, recipes)
+        replaced = [local for name, local in self.groups.items() if groups.get(name) is not local]
+        self.groups = groups
+        self.generation = attachment.config_generation
+        for local in replaced:
+            local.retire()
+
+    def idle(self) -> dict[str, deque[Lease]]:
+        """Return the idle connections by group: what a warm checkout looks into."""
+        return {name: local.idle for name, local in self.groups.items()}
+
+    def tidy(self) -> None:
+        """Close what was dropped without checkin, and give its permits back."""
+        for token in self.attachment.table.tidy():
+            resource = token.tether.resource
+            if isinstance(resource, Connection) and close_connection(resource):
+                self.attachment.table.release(token)
+            else:
+                self.attachment.table.abandon(token)
+
+    def retire(self) -> None:
+        """Give back what rests, and the row when nothing is in use any more."""
+        for local in self.groups.values():
+            local.retire()
+        self.tidy()
+        if not self.attachment.users:
+            self.attachment.stop_background()
+            self.attachment.leave()
+
+
+class Lending:
+    """A connection for the length of a `with` block; see `Pool.connection`."""
+
+    __slots__ = ("_group", "_handle", "_pool", "_timeout")
+
+    def __init__(self, pool: Pool, group: str, timeout: float | None) -> None:
+        self._pool = pool
+        self._group = group
+        self._timeout = timeout
+
+    def __enter__(self) -> Handle:
+        self._handle = self._pool.checkout(self._group, self._timeout)
+        return self._handle
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        handle = self._handle
+        lease = handle._lease
+        try:
+            if kind is None and lease is not None and not lease.recipe.autocommit:
+                lease.connection.commit()
+        finally:
+            self._pool.checkin(handle)
+
+
+def how_to_start(pool: str, reason: object) -> str:
+    """Say what keeps a process from joining and how a coordinator is started."""
+    return (
+        f"{reason}. Start one: `shmpool-coordinator run --config FILE`, or let Gunicorn start it "
+        f"(from shmpool.hooks.gunicorn import *, with SHMPOOL_CONFIG naming the file); "
+        f"`shmpool status {pool}` tells more"
+    )
+
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_at_exit() -> None:
+    """Give back what rests when a process ends in order; all else is the reaper's.  Inherited by children: no harm."""
+    for pool in list(_pools):
+        pool.close()

@@ -1,0 +1,46 @@
+"""What an application sees when the pool cannot serve it.
+
+All derive from psycopg2.OperationalError, so code that handles a database that is away handles these as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from psycopg2 import InterfaceError, OperationalError
+
+
+class PoolError(OperationalError):
+    """Anything that keeps the pool from serving a request."""
+
+
+class PoolTimeout(PoolError):  # noqa: N818  a name that users of other pools know
+    """No connection became free in time.  The message says the cap, who holds it and who waits."""
+
+
+class NoEligibleEndpoint(PoolError):  # noqa: N818  says what is missing
+    """No endpoint may serve the group now.  `reasons` tells why, for each."""
+
+    def __init__(self, group: str, target: str, reasons: Mapping[str, str]) -> None:
+        self.reasons = dict(reasons)
+        told = "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items()) or "none is configured"
+        super().__init__(f"group {group!r} (target {target}): no eligible endpoint: {told}")
+
+
+class UnknownGroup(PoolError):  # noqa: N818
+    """The configuration has no group of this name."""
+
+    def __init__(self, group: str, pool: str, known: list[str]) -> None:
+        super().__init__(f"pool {pool!r} has no group {group!r}; it has {', '.join(sorted(known)) or 'none'}")
+
+
+class PoolClosed(PoolError):  # noqa: N818
+    """The pool object was closed; make a new one."""
+
+
+class CoordinatorNotRunning(PoolError):  # noqa: N818
+    """There is no segment to attach to.  The message says how to start a coordinator."""
+
+
+class ConnectionGivenBackError(InterfaceError):
+    """A handle was used after its connection had gone back to the pool."""
