@@ -1,0 +1,259 @@
+"""Sharing under pressure: whose connection is wanted back, because somebody waits for its permit.
+
+`choose` decides, pure; `Arbiter` reads the tables, remembers what it asked for and writes the recall words.
+
+Writers.  Recall words and the groups' recall counter: this module.
+Stale reads.  A recall counts only while it equals its slot's word, so one that comes late asks for nothing.
+If a process dies.  Its recalls become outdated with its slot words; a new coordinator withdraws all recalls first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from shmpool.layout import GROUPS, RECALL_WORDS, SLOT_WORDS, SLOTS, USE_WORDS, WORKERS
+from shmpool.segment import Segment
+from shmpool.settings import PoolSettings
+from shmpool.states import Use
+from shmpool.words import (
+    BOTH_YES,
+    E_INDEX_SHIFT,
+    FIELDS_MASK,
+    G_INDEX_SHIFT,
+    ORPHAN,
+    UseWord,
+)
+
+PATIENCE_S: Final = 1.0  # a worker that did not react for so long is passed over
+
+_SINCE: Final = SLOTS.column("since")
+_OPENED_AT: Final = SLOTS.column("opened_at")
+
+
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    """A thread that waits for a permit."""
+
+    slot: int
+    row: int
+    group: int
+    for_endpoint: bool  # it has the group's permit; every endpoint was busy
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A connection that a live worker holds."""
+
+    slot: int
+    word: int
+    row: int
+    group: int
+    endpoint: int
+    is_idle: bool
+    idle_since: float
+    opened_at: float
+    server_generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """A connection that was asked for."""
+
+    word: int
+    group: int
+    endpoint: int
+    asked_at: float
+
+
+def choose(
+    waiters: Sequence[Waiter],
+    held: Sequence[Held],
+    outstanding: Mapping[int, Recall],
+    *,
+    group_values: Mapping[int, int],
+    endpoint_values: Mapping[int, int],
+    usable: Mapping[int, frozenset[int]],
+    least: Mapping[int, int],
+    now: float,
+) -> list[Held]:
+    """Return the connections to recall: at most one for each waiter that no free permit or recall serves yet.
+
+    Idle ones first, longest idle first; then busy ones, longest with their worker first; old server generations
+    before new ones in both.  No worker is brought below its group's minimum.
+
+    Args:
+        outstanding: what was asked for, by slot.
+        group_values, endpoint_values: permits that nobody holds.
+        usable: by group, the endpoints that it can use.
+        least: by group, how many connections each worker keeps.
+        now: of the clock that `outstanding` counts in.
+    """
+    kept = Counter((h.row, h.group) for h in held)
+    for h in held:
+        if h.slot in outstanding:
+            kept[h.row, h.group] -= 1
+    ranked = sorted(
+        (h for h in held if h.slot not in outstanding),
+        key=lambda h: (not h.is_idle, h.server_generation, h.idle_since if h.is_idle else h.opened_at),
+    )
+    coming = [r for r in outstanding.values() if now - r.asked_at < PATIENCE_S]
+    free_groups, free_endpoints = Counter(group_values), Counter(endpoint_values)
+    chosen: list[Held] = []
+
+    def served(waiter: Waiter) -> bool:
+        """Use up a free permit or a recall that is under way."""
+        endpoints = usable.get(waiter.group, frozenset())
+        if not waiter.for_endpoint and free_groups[waiter.group] > 0:
+            free_groups[waiter.group] -= 1
+            return True
+        for endpoint in sorted(endpoints) if waiter.for_endpoint else ():
+            if free_endpoints[endpoint] > 0:
+                free_endpoints[endpoint] -= 1
+                return True
+        for recall in coming:
+            if recall.endpoint in endpoints if waiter.for_endpoint else recall.group == waiter.group:
+                coming.remove(recall)
+                return True
+        return False
+
+    for waiter in waiters:
+        if served(waiter):
+            continue
+        endpoints = usable.get(waiter.group, frozenset())
+        for h in ranked:
+            fits = h.endpoint in endpoints if waiter.for_endpoint else h.group == waiter.group
+            if fits and kept[h.row, h.group] > least.get(h.group, 0):
+                kept[h.row, h.group] -= 1
+                ranked.remove(h)
+                chosen.append(h)
+                break
+    return chosen
+
+
+class Arbiter:
+    """Sees who waits and asks for connections."""
+
+    def __init__(self, segment: Segment, is_held: Callable[[int], bool]) -> None:
+        """Withdraw every recall of an earlier coordinator.
+
+        Args:
+            is_held: whether a live process holds a worker row; a dead waiter's use word stays.
+        """
+        self.segment = segment
+        self._is_held = is_held
+        self._uses_at, uses_end = segment.layout.span(USE_WORDS)
+        self._uses = segment.words[self._uses_at : uses_end]
+        self._recalls_at, _ = segment.layout.span(RECALL_WORDS)
+        self._slots_at, _ = segment.layout.span(SLOT_WORDS)
+        self.recalls: dict[int, Recall] = {}
+        for slot in range(segment.layout.slots):
+            if segment.words[self._recalls_at + slot]:
+                segment.words[self._recalls_at + slot] = 0
+
+    def close(self) -> None:
+        """Let go of the words."""
+        self._uses.release()
+
+    def use_of(self, slot: int) -> Use:
+        """Return what a slot's owner does with it."""
+        return UseWord.of(self._uses[slot]).use
+
+    def waiters(self) -> list[Waiter]:
+        """Return who waits now, longest first."""
+        codes = self._uses.tobytes()[::8]  # the low byte of each use word
+        per_row = self.segment.layout.slots_per_worker
+        found = []
+        held: dict[int, bool] = {}
+        slot = codes.find(Use.WAITING)
+        while slot >= 0:
+            row = slot // per_row
+            if row not in held:
+                held[row] = self._is_held(row)
+            use = UseWord.of(self._uses[slot])
+            if held[row] and use.use is Use.WAITING:
+                found.append(Waiter(slot, row, use.group, use.waits_for_endpoint))
+            slot = codes.find(Use.WAITING, slot + 1)
+        times, shape = self.segment.times, self.segment.layout
+        return sorted(found, key=lambda waiter: times[shape.at(SLOTS, waiter.slot) + _SINCE])
+
+    def tick(
+        self,
+        waiters: Sequence[Waiter],
+        settings: PoolSettings,
+        group_value: Callable[[int], int],
+        endpoint_value: Callable[[int], int],
+        now: float,
+    ) -> set[int]:
+        """Recall what the waiters need; return the worker rows that have something new to give back."""
+        self._clear_outdated(keep=bool(waiters))
+        if not waiters:
+            return set()
+        chosen = choose(
+            waiters,
+            self._held(),
+            self.recalls,
+            group_values={g.index: group_value(g.index) for g in settings.groups},
+            endpoint_values={e.index: endpoint_value(e.index) for e in settings.endpoints},
+            usable=usable_endpoints(settings),
+            least={g.index: g.per_worker_min for g in settings.groups},
+            now=now,
+        )
+        for held in chosen:
+            self.recalls[held.slot] = Recall(held.word, held.group, held.endpoint, now)
+            self.segment.words[self._recalls_at + held.slot] = held.word
+            self.segment.words[self.segment.layout.at(GROUPS, held.group, "recalls")] += 1
+        return {held.row for held in chosen}
+
+    def _clear_outdated(self, keep: bool) -> None:
+        """Withdraw recalls whose slot has moved on, and all of them once nobody waits."""
+        for slot, recall in list(self.recalls.items()):
+            if not keep or self.segment.words[self._slots_at + slot] != recall.word:
+                self.segment.words[self._recalls_at + slot] = 0
+                del self.recalls[slot]
+
+    def _held(self) -> list[Held]:
+        """Return every connection of a live worker that is idle or in use."""
+        shape, words, times = self.segment.layout, self.segment.words, self.segment.times
+        found = []
+        for slot, word in enumerate(words[self._slots_at : self._slots_at + shape.slots].tolist()):
+            if word & FIELDS_MASK != BOTH_YES or word & ORPHAN:
+                continue
+            use = self._uses[slot] & 0xFF
+            if use not in (Use.IDLE, Use.ACTIVE):
+                continue
+            detail = shape.at(SLOTS, slot)
+            row = slot // shape.slots_per_worker
+            found.append(
+                Held(
+                    slot=slot,
+                    word=word,
+                    row=row,
+                    group=word >> G_INDEX_SHIFT & 0xFF,
+                    endpoint=word >> E_INDEX_SHIFT & 0xFF,
+                    is_idle=use == Use.IDLE,
+                    idle_since=times[detail + _SINCE],
+                    opened_at=times[detail + _OPENED_AT],
+                    server_generation=words[shape.at(WORKERS, row, "server_generation")],
+                )
+            )
+        return found
+
+
+def usable_endpoints(settings: PoolSettings) -> dict[int, frozenset[int]]:
+    """Return by group the endpoints that its configuration names."""
+    return {
+        group.index: frozenset(e.index for e in settings.endpoints if not group.endpoints or e.name in group.endpoints)
+        for group in settings.groups
+    }
+
+
+def waiting_groups(waiters: Iterable[Waiter]) -> tuple[set[int], set[int]]:
+    """Return the groups with waiters for a group permit, and those with waiters for an endpoint permit."""
+    waiters = list(waiters)
+    return (
+        {w.group for w in waiters if not w.for_endpoint},
+        {w.group for w in waiters if w.for_endpoint},
+    )

@@ -1,0 +1,235 @@
+"""The control socket: workers and command lines talk to the coordinator.
+
+Non-blocking and bounded in everything: number of connections, bytes that wait to be read or written.  Whatever is
+malformed gets an `error` message and a closed connection; nothing that a peer sends is fatal.
+
+Guarantees: only the pool's user, root and the configured group's members are listened to (SO_PEERCRED).
+Assumptions: used by the event loop's thread only; whoever makes it holds the coordinator's lock, so that a socket
+file that is already there is a dead coordinator's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import logging
+import os
+import pwd
+import selectors
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from shmpool.frames import FrameError, Frames, Message, encode
+from shmpool.names import Names
+
+BACKLOG: Final = 128
+READ_BYTES: Final = 64 * 1024
+MAX_UNSENT_BYTES: Final = 256 * 1024
+_CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+log = logging.getLogger(__name__)
+
+
+class RequestError(Exception):
+    """A message that cannot be served; its text is the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to a message."""
+
+    kind: str
+    fields: dict[str, Any]
+
+
+class Peer:
+    """One connection."""
+
+    def __init__(self, connection: socket.socket, pid: int, uid: int) -> None:
+        self.connection = connection
+        self.pid = pid  # as the kernel tells; 0 where it cannot be seen
+        self.uid = uid
+        self.row: int | None = None  # the worker row it said hello for
+        self.generation = 0
+        self.frames = Frames()
+        self.unsent = bytearray()
+        self.is_closing = False  # once all is sent
+
+    def __repr__(self) -> str:
+        return f"<Peer pid {self.pid} row {self.row}>"
+
+
+class Control:
+    """The listening socket and its connections."""
+
+    def __init__(
+        self,
+        names: Names,
+        selector: selectors.BaseSelector,
+        serve: Callable[[Peer, Message], Reply | None],
+        on_worker_end: Callable[[int], None],
+        *,
+        mode: int = 0o600,
+        gid: int = -1,
+        max_peers: int = 1024,
+    ) -> None:
+        """Listen.
+
+        Args:
+            serve: answers one message (None: no answer); raises RequestError.
+            on_worker_end: told the row of a worker whose connection ended.
+
+        Raises:
+            OSError: the socket cannot be made.
+        """
+        self.names = names
+        self._selector = selector
+        self._serve = serve
+        self._on_worker_end = on_worker_end
+        self._gid = gid
+        self._max_peers = max_peers
+        self.peers: set[Peer] = set()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._listener.setblocking(False)
+        names.socket.unlink(missing_ok=True)
+        old = os.umask(0o077)
+        try:
+            self._listener.bind(str(names.socket))
+        finally:
+            os.umask(old)
+        if gid >= 0:
+            os.chown(names.socket, -1, gid)
+        os.chmod(names.socket, mode)
+        self._inode = os.stat(names.socket).st_ino
+        self._listener.listen(BACKLOG)
+        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    def close(self) -> None:
+        """Send what fits, close everything and remove the socket."""
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        for peer in list(self.peers):
+            with contextlib.suppress(OSError):
+                peer.connection.send(peer.unsent)
+            self._end(peer, tell=False)
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(self.names.socket).st_ino == self._inode:
+                os.unlink(self.names.socket)
+
+    def send_rows(self, rows: set[int], kind: str) -> None:
+        """Send a message without fields to the workers that own these rows."""
+        for peer in [p for p in self.peers if p.row in rows]:
+            self._send(peer, encode(kind))
+
+    def send_workers(self, kind: str) -> None:
+        """Send a message without fields to every worker."""
+        for peer in [p for p in self.peers if p.row is not None]:
+            self._send(peer, encode(kind))
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def _accept(self, _: int) -> None:
+        try:
+            connection, _address = self._listener.accept()
+        except OSError:
+            return  # the peer gave up, or no descriptor is free: it tries again
+        connection.setblocking(False)
+        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, uid, gid = _CREDENTIALS.unpack(raw)
+        peer = Peer(connection, pid, uid)
+        self.peers.add(peer)
+        self._selector.register(connection, selectors.EVENT_READ, lambda mask: self._ready(peer, mask))
+        if not self._is_allowed(uid, gid):
+            log.warning("control socket: uid %d (pid %d) refused", uid, pid)
+            self._refuse(peer, f"uid {uid} may not use pool {self.names.pool!r} of uid {self.names.uid}")
+        elif len(self.peers) > self._max_peers:
+            self._refuse(peer, f"{self._max_peers} connections are open already")
+
+    def _is_allowed(self, uid: int, gid: int) -> bool:
+        if uid in (self.names.uid, 0):
+            return True
+        if self._gid < 0:
+            return False
+        if gid == self._gid:
+            return True
+        try:
+            user = pwd.getpwuid(uid)
+            return user.pw_gid == self._gid or user.pw_name in grp.getgrgid(self._gid).gr_mem
+        except KeyError:
+            return False
+
+    def _ready(self, peer: Peer, mask: int) -> None:
+        if mask & selectors.EVENT_WRITE:
+            self._flush(peer)
+        if mask & selectors.EVENT_READ and peer in self.peers:
+            self._read(peer)
+
+    def _read(self, peer: Peer) -> None:
+        try:
+            data = peer.connection.recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._end(peer)
+            return
+        if peer.is_closing:
+            return
+        try:
+            for message in peer.frames.feed(data):
+                self._answer(peer, message)
+        except FrameError as error:
+            self._refuse(peer, str(error))
+
+    def _answer(self, peer: Peer, message: Message) -> None:
+        if peer not in self.peers:
+            return
+        try:
+            reply = self._serve(peer, message)
+        except RequestError as error:
+            self._send(peer, encode("error", reason=str(error)))
+            return
+        if reply is not None:
+            self._send(peer, encode(reply.kind, **reply.fields))
+
+    def _refuse(self, peer: Peer, reason: str) -> None:
+        peer.is_closing = True
+        self._send(peer, encode("error", reason=reason))
+
+    def _send(self, peer: Peer, frame: bytes) -> None:
+        if len(peer.unsent) + len(frame) > MAX_UNSENT_BYTES:
+            log.warning("control socket: pid %d does not read its messages, closed", peer.pid)
+            self._end(peer)
+            return
+        peer.unsent += frame
+        self._flush(peer)
+
+    def _flush(self, peer: Peer) -> None:
+        try:
+            while peer.unsent:
+                del peer.unsent[: peer.connection.send(peer.unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._end(peer)
+            return
+        if peer.is_closing and not peer.unsent:
+            self._end(peer)
+            return
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.unsent else 0)
+        key = self._selector.get_key(peer.connection)
+        if key.events != wanted:
+            self._selector.modify(peer.connection, wanted, key.data)
+
+    def _end(self, peer: Peer, *, tell: bool = True) -> None:
+        if peer not in self.peers:
+            return
+        self.peers.discard(peer)
+        self._selector.unregister(peer.connection)
+        peer.connection.close()
+        if tell and peer.row is not None:
+            self._on_worker_end(peer.row)

@@ -1,0 +1,582 @@
+"""The coordinator's event loop: one thread that owns every word, helper threads for what blocks.
+
+It ticks every 100 ms, every 20 ms while somebody waits, and at once when a worker's control connection ends.  Probes
+and looks at server sessions run in threads, which hand results over and wake the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import random
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from shmpool.clock import monotonic
+from shmpool.frames import Message
+from shmpool.layout import ENDPOINTS, SLOTS
+from shmpool.names import Names
+from shmpool.settings import EndpointSettings
+from shmpool.states import Admin, Health, Role, Use, Verdict
+from shmpool.words import E_INDEX_SHIFT, FIELDS_MASK, YES, Kind
+from shmpool.words import field as field_of
+from shmpool_coordinator import health
+from shmpool_coordinator.arbiter import Arbiter, waiting_groups
+from shmpool_coordinator.config import Config, ConfigError, load
+from shmpool_coordinator.control import Control, Peer, Reply, RequestError
+from shmpool_coordinator.health import EndpointHealth, ProbeResult
+from shmpool_coordinator.probe import Probe, parse_conninfo
+from shmpool_coordinator.reaper import Reaper
+from shmpool_coordinator.registry import Access, Registry, lock_pool
+from shmpool_coordinator.sessions import Sessions
+
+TICK_S: Final = 0.1
+BUSY_TICK_S: Final = 0.02  # while somebody waits
+CHECK_EVERY_S: Final = 1.0  # names, drained rows, linger
+EVIDENCE_GAP_S: Final = 0.1  # at most one extra probe per endpoint in this time
+SETTLE_AT_END_S: Final = 2.0
+CLOCK_STEP_S: Final = 0.1
+JITTER: Final = 0.1
+
+EXIT_OK: Final = 0
+EXIT_DAMAGED: Final = 3  # a name no longer leads to the pool's own inode
+
+log = logging.getLogger(__name__)
+
+
+def notify(state: str) -> None:
+    """Tell the service manager (sd_notify), if there is one."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager,
+    ):
+        manager.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+
+
+class Resolver:
+    """The address of a conninfo's host, resolved anew from time to time (blocks: not for the event loop)."""
+
+    def __init__(self, conninfo: str, every_s: float) -> None:
+        keywords = parse_conninfo(conninfo)
+        host = keywords.get("host", "")
+        self._host = "" if keywords.get("hostaddr") or host.startswith(("/", "@")) else host
+        self._port = keywords.get("port", "5432")
+        self._every_s = every_s
+        self._address = ""
+        self._due = 0.0
+
+    def address(self) -> str:
+        """Return the address, "" where libpq is to find it; one that is still valid is kept.
+
+        Raises:
+            OSError: the name cannot be resolved, and never could.
+        """
+        if self._host and monotonic() >= self._due:
+            self._due = monotonic() + self._every_s
+            try:
+                found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+            except OSError:
+                if not self._address:
+                    self._due = 0.0
+                    raise
+                return self._address
+            addresses = [str(entry[4][0]) for entry in found]
+            if self._address not in addresses:
+                self._address = addresses[0]
+        return self._address
+
+
+class Prober:
+    """One endpoint's probe in a thread of its own: `go` asks for one check, its result is handed in."""
+
+    def __init__(self, probe: Probe, resolver: Resolver, hand_in: Callable[[Prober, ProbeResult], None]) -> None:
+        self._probe = probe
+        self._resolver = resolver
+        self._hand_in = hand_in
+        self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self.is_busy = False
+        self._thread = threading.Thread(target=self._run, name=repr(probe), daemon=True)
+        self._thread.start()
+
+    def go(self) -> None:
+        """Check once; the caller waits for the result before it asks again."""
+        self.is_busy = True
+        self._requests.put(True)
+
+    def end(self) -> None:
+        """End the thread after the check it may be in."""
+        self._requests.put(False)
+
+    def _run(self) -> None:
+        while self._requests.get():
+            try:
+                result = self._probe.check(self._resolver.address())
+            except OSError as error:
+                result = ProbeResult(verdict=Verdict.REFUSED, error=f"name not resolved: {error.strerror or error}")
+            self._hand_in(self, result)
+        self._probe.close()
+
+
+@dataclass(slots=True)
+class Watch:
+    """An endpoint, its probe and what is known of it."""
+
+    settings: EndpointSettings
+    prober: Prober
+    health: EndpointHealth
+    result: ProbeResult | None = None
+    last_evidence: float = -EVIDENCE_GAP_S
+    is_urgent: bool = False
+    probed_boottime: float = 0.0
+    told: tuple[Health, Role, Verdict] = field(default=(Health.UNKNOWN, Role.UNKNOWN, Verdict.NONE))
+
+
+class Daemon:
+    """One pool's coordinator."""
+
+    def __init__(self, config: Config, *, linger_s: float | None = None) -> None:
+        """Become the coordinator of the configured pool and make or adopt its segment.
+
+        Args:
+            linger_s: end so many seconds after the last worker row became free; None: never.
+
+        Raises:
+            CoordinatorRunningError, SegmentMismatchError, SegmentInUseError, OSError, ValueError, KeyError.
+        """
+        self.names = Names.of(config.name)
+        self.config_path = Path(config.source)
+        self._access = Access.of(config)
+        self._linger_s = linger_s
+        locks = lock_pool(self.names, self._access)
+        self.registry = Registry(self.names, config, locks)
+        self.segment = self.registry.segment
+        self.permits = self.registry.permits
+        self.reaper = Reaper(self.segment, locks)
+        self.arbiter = Arbiter(self.segment, lambda row: locks.holder(row) is not None)
+        self._selector = selectors.EpollSelector()
+        self._results: queue.SimpleQueue[tuple[Prober, ProbeResult]] = queue.SimpleQueue()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._selector.register(self._wake_fd, selectors.EVENT_READ, self._drain_wakes)
+        self.sessions = Sessions(self.segment, self._wake)
+        self._watches: dict[int, Watch] = {}
+        self._signals: set[int] = set()
+        self._is_ending = False
+        self._exit_code = EXIT_OK
+        self._ended_rows: set[int] = set()
+        self._next_tick = 0.0
+        self._next_check = 0.0
+        self._last_used = monotonic()
+        self._clock_offset = time.time() - monotonic()
+        self.control = Control(
+            self.names,
+            self._selector,
+            self._serve,
+            self._worker_ended,
+            mode=self._access.mode,
+            gid=self._access.gid,
+            max_peers=2 * self.segment.layout.workers + 64,
+        )
+        self._watch_endpoints()
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Serve until a signal, `stop` or the linger time ends it; return the exit code."""
+        read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, _: self._signals.add(number))
+        self._selector.register(read_fd, selectors.EVENT_READ, lambda _: os.read(read_fd, 4096))
+        how = "adopted" if self.registry.is_adopted else "created"
+        log.info("pool %s: segment %s, pid %d", self.names.pool, how, os.getpid())
+        self.tick()
+        notify(f"READY=1\nMAINPID={os.getpid()}")
+        try:
+            while not self._is_ending:
+                self._turn()
+        finally:
+            notify("STOPPING=1")
+            self._end()
+            signal.set_wakeup_fd(-1)
+            os.close(read_fd)
+            os.close(write_fd)
+        return self._exit_code
+
+    def _turn(self) -> None:
+        due = min([self._next_tick, *(w.health.next_probe for w in self._watches.values() if self._may_go(w))])
+        for key, mask in self._selector.select(max(0.0, due - monotonic())):
+            key.data(mask)
+        self._take_signals()
+        self._take_results()
+        now = monotonic()
+        for watch in self._watches.values():
+            if watch.health.next_probe <= now and self._may_go(watch):
+                watch.prober.go()
+        if now >= self._next_tick:
+            self.tick()
+
+    def tick(self) -> None:
+        """Do everything that is due to the tables once."""
+        self.registry.beat()
+        hinted, self._ended_rows = self._ended_rows, set()
+        self.reaper.tick(hinted)
+        self.permits.tick(self.sessions.is_gone)
+        waiters = self.arbiter.waiters()
+        if waiters:
+            self.permits.ring_waiting(*waiting_groups(waiters))
+        now = monotonic()
+        assert self.registry.settings is not None
+        rows = self.arbiter.tick(
+            waiters, self.registry.settings, self.permits.group_value, self.permits.endpoint_value, now
+        )
+        if rows:
+            self.control.send_rows(rows, "recall")
+        offset = time.time() - now
+        if offset < self._clock_offset - CLOCK_STEP_S:
+            log.warning("clock: set back by %.1f s, all bells ring", self._clock_offset - offset)
+            self.permits.ring_all()
+        self._clock_offset = offset
+        if now >= self._next_check:
+            self._next_check = now + CHECK_EVERY_S
+            self._check(now)
+        self._next_tick = now + (BUSY_TICK_S if waiters else TICK_S)
+
+    def _check(self, now: float) -> None:
+        damage = self.registry.damage()
+        if damage is not None:
+            log.critical(
+                "pool %s: %s; retired: workers leave at checkin (systemd's RemoveIPC, or a cleaner of /dev/shm?)",
+                self.names.pool,
+                damage,
+            )
+            self.registry.retire()
+            self._exit_code, self._is_ending = EXIT_DAMAGED, True
+            return
+        if self.registry.drop_drained():
+            self._watch_endpoints()
+            self.control.send_workers("config")
+        if self._linger_s is not None:
+            if self.registry.any_worker():
+                self._last_used = now
+            elif now - self._last_used >= self._linger_s:
+                log.info("pool %s: no worker for %g s, ending", self.names.pool, self._linger_s)
+                self._is_ending = True
+
+    def _wake(self) -> None:
+        """Make the loop tick at once (from any thread)."""
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _drain_wakes(self, _: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+        if self._results.empty():
+            self._next_tick = 0.0
+
+    def _take_signals(self) -> None:
+        while self._signals:
+            number = self._signals.pop()
+            if number == signal.SIGHUP:
+                with contextlib.suppress(ConfigError, ValueError, OSError):
+                    self.reload()
+            else:
+                log.info("pool %s: %s, ending", self.names.pool, signal.Signals(number).name)
+                self._is_ending = True
+
+    # -- probes ------------------------------------------------------------------------------------
+
+    def _watch_endpoints(self) -> None:
+        """Have one prober for each endpoint as it is configured now."""
+        settings, probe = self.registry.settings, self.registry.config.probe
+        assert settings is not None
+        wanted = {e.index: e for e in settings.endpoints}
+        for index in [i for i, w in self._watches.items() if wanted.get(i) != w.settings]:
+            self._watches.pop(index).prober.end()
+        for index, endpoint in wanted.items():
+            if index not in self._watches:
+                self._watches[index] = Watch(
+                    endpoint,
+                    self._prober(endpoint),
+                    health.hasten(self.registry.known_health(index), monotonic()),
+                )
+        self.sessions.configure(
+            settings.endpoints,
+            overlay=probe.conninfo,
+            timeout_s=probe.timeout,
+            grace_s=self.registry.config.coordinator.orphan_grace,
+        )
+
+    def _prober(self, endpoint: EndpointSettings) -> Prober:
+        settings = self.registry.config.probe
+        probe = Probe(endpoint, pool=self.names.pool, overlay=settings.conninfo, timeout_s=settings.timeout)
+
+        def hand_in(prober: Prober, result: ProbeResult) -> None:
+            self._results.put((prober, result))
+            self._wake()
+
+        return Prober(probe, Resolver(endpoint.conninfo, settings.resolve_every), hand_in)
+
+    def _may_go(self, watch: Watch) -> bool:
+        is_maintained = self.registry.status(watch.settings.index).admin is Admin.MAINT
+        return not watch.prober.is_busy and not is_maintained
+
+    def _take_results(self) -> None:
+        while True:
+            try:
+                prober, result = self._results.get_nowait()
+            except queue.Empty:
+                return
+            prober.is_busy = False
+            for watch in self._watches.values():
+                if watch.prober is prober:
+                    self._advance(watch, result)
+
+    def _advance(self, watch: Watch, result: ProbeResult) -> None:
+        now = monotonic()
+        is_bad = health.SIGN_OF_VERDICT[result.verdict] is health.Sign.BAD
+        watch.health = health.advance(
+            watch.health,
+            result,
+            self.registry.config.probe,
+            now,
+            jitter=random.uniform(-JITTER, JITTER),
+            is_used=is_bad and self._is_used(watch),
+            is_urgent=watch.is_urgent,
+        )
+        watch.is_urgent = False
+        watch.result = result
+        watch.probed_boottime = monotonic()
+        self.registry.record_probe(watch.settings.index, watch.health, result, self._verdict(watch))
+        self._record_lag(watch)
+        self._tell(watch)
+        if self.registry.has_vacant_role():
+            soon = now + self.registry.config.probe.fastinter
+            for other in self._watches.values():
+                other.health = health.hasten(other.health, soon)
+
+    def _is_used(self, watch: Watch) -> bool:
+        """Whether a worker checked a connection of the endpoint out and in since its last probe."""
+        index, shape, segment = watch.settings.index, self.segment.layout, self.segment
+        for slot, word in enumerate(self.permits.slot_words()):
+            if not word & FIELDS_MASK or word >> E_INDEX_SHIFT & 0xFF != index:
+                continue
+            since = segment.times[shape.at(SLOTS, slot, "since")]
+            is_held = field_of(word, Kind.ENDPOINT, index) == YES and self.arbiter.use_of(slot) is Use.IDLE
+            if is_held and since > watch.probed_boottime > 0:
+                return True
+        return False
+
+    def _verdict(self, watch: Watch) -> Verdict:
+        """The probe's verdict, or ROLE_CONFLICT for a primary of which a newer timeline exists."""
+        mine = watch.result
+        if mine is None or watch.health.role is not Role.PRIMARY or mine.timeline is None:
+            return watch.health.verdict
+        for other in self._watches.values():
+            theirs = other.result
+            if (
+                theirs is not None
+                and other is not watch
+                and other.health.role is Role.PRIMARY
+                and other.health.health is Health.UP
+                and theirs.system_identifier == mine.system_identifier
+                and (theirs.timeline or 0) > mine.timeline
+            ):
+                return Verdict.ROLE_CONFLICT
+        return watch.health.verdict
+
+    def _record_lag(self, watch: Watch) -> None:
+        """A replica that has replayed what its primary had at the last look does not lag, however old that is."""
+        mine = watch.result
+        if mine is None or mine.verdict is not Verdict.OK:
+            return
+        if watch.health.role is not Role.REPLICA or mine.lsn is None:
+            self.registry.record_lag(watch.settings.index, 0, 0.0)
+            return
+        index = self.segment.layout.at(ENDPOINTS, watch.settings.index)
+        seen = self.segment.words[index + ENDPOINTS.column("system_identifier")]
+        positions = [
+            other.result.lsn
+            for other in self._watches.values()
+            if other.result is not None
+            and other.health.role is Role.PRIMARY
+            and other.result.lsn is not None
+            and (other.result.system_identifier or 0) & 0xFFFFFFFFFFFFFFFF == seen
+        ]
+        if not positions:
+            self.registry.record_lag(watch.settings.index, mine.lag_bytes, mine.lag_s)
+            return
+        behind = max(0, max(positions) - mine.lsn)
+        self.registry.record_lag(watch.settings.index, behind, 0.0 if behind == 0 else mine.lag_s)
+
+    def _tell(self, watch: Watch) -> None:
+        status = self.registry.status(watch.settings.index)
+        now = (status.health, status.role, status.verdict)
+        if now == watch.told:
+            return
+        watch.told = now
+        level = logging.INFO if status.verdict is Verdict.OK else logging.WARNING
+        log.log(
+            level,
+            "endpoint %s: %s, %s, %s%s",
+            watch.settings.name,
+            status.health.name,
+            status.role.name.lower(),
+            status.verdict.name.lower(),
+            f" ({watch.health.error})" if watch.health.error else "",
+        )
+
+    # -- messages ----------------------------------------------------------------------------------
+
+    def _serve(self, peer: Peer, message: Message) -> Reply | None:
+        serve = {
+            "hello": self._hello,
+            "waiting": self._waiting,
+            "evidence": self._evidence,
+            "info": self._info,
+            "reload": self._reload,
+            "stop": self._stop,
+        }.get(message["type"])
+        if serve is None:
+            raise RequestError(f"message type {str(message['type'])[:40]!r} is not known")
+        return serve(peer, message)
+
+    def _hello(self, peer: Peer, message: Message) -> Reply:
+        row, generation = _integer(message, "row"), _integer(message, "generation")
+        if not self.registry.is_row_of(row, generation):
+            raise RequestError(f"worker row {row} has not generation {generation}")
+        peer.row, peer.generation = row, generation
+        return Reply("welcome", {"pid": os.getpid(), "heartbeat": TICK_S})
+
+    def _waiting(self, _peer: Peer, message: Message) -> None:
+        _integer(message, "group")
+        self._next_tick = 0.0
+
+    def _evidence(self, _peer: Peer, message: Message) -> None:
+        index = _integer(message, "endpoint")
+        watch = self._watches.get(index)
+        if watch is None:
+            raise RequestError(f"endpoint {index} is not configured")
+        at = max(monotonic(), watch.last_evidence + EVIDENCE_GAP_S)
+        watch.last_evidence = at
+        watch.is_urgent = True
+        watch.health = health.hasten(watch.health, at)
+
+    def _info(self, _peer: Peer, _message: Message) -> Reply:
+        return Reply(
+            "info",
+            {
+                "pid": os.getpid(),
+                "pool": self.names.pool,
+                "config_file": str(self.config_path),
+                "linger": self._linger_s,
+                "workers": sum(peer.row is not None for peer in self.control.peers),
+                "adoptions": self.segment.header("coordinator_adoptions"),
+                "endpoints": {
+                    watch.settings.name: {
+                        "health": watch.health.health.name,
+                        "role": watch.health.role.name,
+                        "verdict": self.registry.status(watch.settings.index).verdict.name,
+                        "error": watch.health.error[:500],
+                    }
+                    for watch in self._watches.values()
+                },
+            },
+        )
+
+    def _reload(self, _peer: Peer, _message: Message) -> Reply:
+        try:
+            return Reply("reloaded", {"changes": self.reload()})
+        except (ConfigError, ValueError, OSError) as error:
+            raise RequestError(str(error)) from None
+
+    def _stop(self, peer: Peer, _message: Message) -> Reply:
+        log.info("pool %s: stop asked for by pid %d, ending", self.names.pool, peer.pid)
+        self._is_ending = True
+        return Reply("stopping", {"pid": os.getpid()})
+
+    def _worker_ended(self, row: int) -> None:
+        self._ended_rows.add(row)
+        self._next_tick = 0.0
+
+    def reload(self) -> list[str]:
+        """Read the configuration file again; return what changed.
+
+        Raises:
+            ConfigError, ValueError, OSError: the file cannot be used; nothing was changed.
+        """
+        try:
+            config = load(self.config_path)
+            if config.name != self.names.pool:
+                raise ValueError(f"{self.config_path}: name is {config.name!r}, this is pool {self.names.pool!r}")
+            changes = self.registry.configure(config)
+        except (ConfigError, ValueError, OSError) as error:
+            log.error("reload: nothing changed: %s", error)
+            raise
+        self._watch_endpoints()
+        self.control.send_workers("config")
+        self._next_tick = 0.0
+        for change in changes or ["no change"]:
+            log.info("reload: %s", change)
+        return changes
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def _end(self) -> None:
+        """Leave: remove everything if nobody uses the pool, else leave it for the next coordinator."""
+        self.control.close()
+        try:
+            if self._exit_code == EXIT_OK and self._settle_all() and self._retire():
+                self.registry.unlink()
+                log.info("pool %s: ended, nothing is left", self.names.pool)
+            else:
+                self.registry.leave()
+                log.info("pool %s: ended, the segment stays for the next coordinator", self.names.pool)
+        finally:
+            for watch in self._watches.values():
+                watch.prober.end()
+            self.reaper.close()
+            self.arbiter.close()
+            self.registry.close()
+            self._selector.close()
+            os.close(self._wake_fd)
+            self.registry.locks.release_coordinator()
+
+    def _settle_all(self) -> bool:
+        """Give back what dead workers left, for a bounded time; return whether nothing is held by anybody."""
+        deadline = monotonic() + SETTLE_AT_END_S
+        while not self.registry.any_worker():
+            self.reaper.tick()
+            self.permits.tick(self.sessions.is_gone)
+            if self.permits.holds_nothing():
+                return True
+            if monotonic() >= deadline:
+                return False
+            time.sleep(BUSY_TICK_S)
+        return False
+
+    def _retire(self) -> bool:
+        """Close the segment to newcomers, unless one came in just before."""
+        self.registry.retire()
+        if not self.registry.any_worker():
+            return True
+        self.registry.reopen()
+        return False
+
+
+def _integer(message: Message, key: str) -> int:
+    value: Any = message.get(key)
+    if type(value) is not int:
+        raise RequestError(f"{message['type']}: {key} is {str(value)[:40]!r}, expected a whole number")
+    return value

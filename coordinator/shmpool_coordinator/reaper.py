@@ -1,0 +1,99 @@
+"""Dead workers: their slots become orphans, which `permits` settles.
+
+Writers.  On a row whose lock this process holds: ORPHAN in its slot words, and the generation.
+Stale reads.  Whether a row's owner lives is asked of the kernel; its words are read again under the lock.
+If a process dies.  A coordinator killed in the middle leaves a row that is still dirty and free: the next one goes on.
+Keeps INV-3, INV-5.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Collection
+from typing import Final
+
+from shmpool.layout import SLOT_WORDS, WORKERS
+from shmpool.rows import Locks, Process, owner_of
+from shmpool.segment import Segment
+from shmpool.words import FIELDS_MASK, ORPHAN
+
+LOOKS_PER_TICK: Final = 64  # a thousand rows are all looked at within two seconds
+
+log = logging.getLogger(__name__)
+
+
+class Reaper:
+    """Looks for rows whose owner died."""
+
+    def __init__(self, segment: Segment, locks: Locks) -> None:
+        self.segment = segment
+        self._locks = locks
+        start, end = segment.layout.span(SLOT_WORDS)
+        self._slots_at = start
+        self._slots = segment.words[start:end]
+        self._copy = b""
+        self._dirty: deque[int] = deque()
+        self._lockless: set[tuple[int, Process]] = set()
+
+    def close(self) -> None:
+        """Let go of the words."""
+        self._slots.release()
+
+    def dirty_rows(self) -> deque[int]:
+        """Return the rows with a word that is neither FREE nor an orphan's, those not looked at longest first."""
+        copy = self._slots.tobytes()
+        if copy != self._copy:
+            per_row = self.segment.layout.slots_per_worker
+            words = memoryview(copy).cast("Q")
+            rows = {slot // per_row for slot, w in enumerate(words) if w & FIELDS_MASK and not w & ORPHAN}
+            waiting = [row for row in self._dirty if row in rows]
+            self._dirty = deque(waiting + sorted(rows.difference(waiting)))
+            self._copy = copy
+        return self._dirty
+
+    def tick(self, hinted: Collection[int] = ()) -> list[int]:
+        """Reap dead rows: the hinted ones, and as many others as one tick has time for.  Returns the reaped rows."""
+        dirty = self.dirty_rows()
+        looked = {row for row in hinted if row in dirty}
+        for _ in range(min(LOOKS_PER_TICK, len(dirty))):
+            looked.add(dirty[0])
+            dirty.rotate(-1)
+        return [row for row in sorted(looked) if self._locks.holder(row) is None and self._reap(row)]
+
+    def _reap(self, row: int) -> bool:
+        """Take over a dirty row that nobody seems to hold."""
+        owner = owner_of(self.segment, row)
+        if owner.visibly_lives():
+            if (row, owner) not in self._lockless:
+                self._lockless.add((row, owner))
+                log.error(
+                    "worker row %d: pid %d lives but lost the row's lock (something closed its descriptor); "
+                    "the row is not touched: restart that process",
+                    row,
+                    owner.pid,
+                )
+            return False
+        if not self._locks.try_row(row):
+            return False
+        try:
+            if owner_of(self.segment, row) != owner:
+                return False
+            orphans = self._orphan(row)
+        finally:
+            self._locks.unlock_row(row)
+        log.warning("worker row %d: pid %d is gone, %d slots became orphans", row, owner.pid, orphans)
+        return True
+
+    def _orphan(self, row: int) -> int:
+        words, shape = self.segment.words, self.segment.layout
+        first = self._slots_at + row * shape.slots_per_worker
+        orphans = 0
+        for at in range(first, first + shape.slots_per_worker):
+            word = words[at]
+            if word & FIELDS_MASK and not word & ORPHAN:
+                words[at] = word | ORPHAN
+                orphans += 1
+        words[shape.at(WORKERS, row, "generation")] += 1
+        self.segment.set_header("reaped_rows", self.segment.header("reaped_rows") + 1)
+        return orphans

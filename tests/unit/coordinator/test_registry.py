@@ -1,0 +1,172 @@
+"""Create, adopt, reconfigure and check a segment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from shmpool import segment
+from shmpool.errors import SegmentMismatchError
+from shmpool.layout import ENDPOINTS, GROUPS, Layout
+from shmpool.names import Names
+from shmpool.states import Admin, Health, Role, SegmentState, Verdict
+from shmpool.words import Control
+from shmpool_coordinator.health import EndpointHealth, ProbeResult
+from tests.support.desk import close_desk, config_of, desk, open_desk
+
+
+def gone(slot: int, word: int) -> bool:
+    """Say that every session has ended."""
+    return True
+
+
+def test_created_segment_is_open_and_private(pool_name: str) -> None:
+    """A new pool is OPEN, published, and for its user alone."""
+    registry = open_desk(config_of(pool_name))
+    try:
+        assert registry.segment.state is SegmentState.OPEN
+        assert registry.segment.read_settings()[1].groups[0].connections == 2
+        assert registry.damage() is None
+        for path in registry.names.leftovers():
+            assert os.stat(path).st_mode & 0o077 == 0
+    finally:
+        close_desk(registry)
+    assert registry.names.leftovers() == []
+
+
+def test_adoption_keeps_indexes_and_permits(pool_name: str) -> None:
+    """A successor finds the same segment, the same rows for each name, and the permits in circulation."""
+    first = open_desk(config_of(pool_name, {"a": 1, "b": 2}))
+    first.permits.tick(gone)
+    inode = first.segment.inode
+    close_desk(first, unlink=False)
+    second = open_desk(config_of(pool_name, {"b": 2, "a": 1}))
+    try:
+        assert second.is_adopted
+        assert second.segment.inode == inode
+        assert second.segment.header("coordinator_adoptions") == 2
+        assert second.settings is not None
+        assert {g.name: g.index for g in second.settings.groups} == {"a": 0, "b": 1}
+        second.permits.tick(gone)
+        assert second.permits.value(1) == 2
+    finally:
+        close_desk(second)
+
+
+def test_half_made_segment_is_made_anew(pool_name: str) -> None:
+    """A segment whose coordinator died while it created it is replaced."""
+    names = Names.of(pool_name)
+    segment.create(names, Layout(1, 1, 1, 1)).release()
+    registry = open_desk(config_of(pool_name))
+    assert not registry.is_adopted
+    close_desk(registry)
+
+
+def test_segment_of_another_format_is_left_alone(pool_name: str) -> None:
+    """Another format is a clear error, and nothing is removed."""
+    names = Names.of(pool_name)
+    other = segment.create(names, Layout(1, 1, 1, 1))
+    other.set_header("format", 99)
+    other.release()
+    with pytest.raises(SegmentMismatchError, match="format is 99"):
+        open_desk(config_of(pool_name))
+    assert names.segment.exists()
+
+
+def test_damaged_segment_that_nobody_uses_is_made_anew(pool_name: str) -> None:
+    """A pool whose semaphores were cleaned away starts over once nobody uses it."""
+    first = open_desk(config_of(pool_name))
+    close_desk(first, unlink=False)
+    first.names.semaphore_path(_token(first.names), "g", 0).unlink()
+    second = open_desk(config_of(pool_name))
+    assert not second.is_adopted
+    close_desk(second)
+
+
+def _token(names: Names) -> int:
+    found = segment.attach(names)
+    token = found.token
+    found.release()
+    return token
+
+
+@pytest.mark.parametrize("kind", ["segment", "lock", "semaphore"])
+def test_a_removed_name_is_noticed(pool_name: str, kind: str) -> None:
+    """Each name that a cleaner removes is damage."""
+    registry = open_desk(config_of(pool_name))
+    names = registry.names
+    path = {
+        "segment": names.segment,
+        "lock": names.lock,
+        "semaphore": names.semaphore_path(registry.segment.token, "w", 0),
+    }[kind]
+    path.rename(f"{path}.away")
+    try:
+        assert registry.damage() is not None
+    finally:
+        os.rename(f"{path}.away", path)
+    assert registry.damage() is None
+    close_desk(registry)
+
+
+def test_removed_names_are_drained_before_their_rows_are_free(pool_name: str) -> None:
+    """A removed group and endpoint keep their rows, at a cap of 0, while a slot speaks of them."""
+    config = config_of(pool_name, {"a": 1, "b": 2}, {"pg1": 3, "pg2": 3})
+    with desk(config) as pool:
+        registry = pool.registry
+        token = pool.claim(0)
+        smaller = config_of(pool_name, {"b": 2}, {"pg2": 3})
+        changes = registry.configure(smaller)
+        assert "group a: removed, 1->0 connections" in changes
+        registry.permits.tick(gone)
+        assert not registry.drop_drained()
+        assert registry.status(0).admin is Admin.DRAIN
+        assert pool.control(0) == Control(0, 1, 0)
+        pool.table.release(token)
+        registry.permits.tick(gone)
+        assert registry.drop_drained()
+        assert registry.segment.words[registry.segment.layout.at(GROUPS, 0, "in_use")] == 0
+        assert registry.segment.words[registry.segment.layout.at(ENDPOINTS, 0, "status")] == 0
+        registry.configure(config_of(pool_name, {"b": 2, "c": 3}, {"pg2": 3}))
+        assert registry.settings is not None
+        assert {g.name: g.index for g in registry.settings.groups} == {"b": 1, "c": 0}
+        registry.permits.tick(gone)
+        assert registry.permits.value(0) == 3
+
+
+def test_configuration_that_needs_more_rows_is_refused(pool_name: str) -> None:
+    """More groups than the segment has rows: an error, and nothing has changed."""
+    registry = open_desk(config_of(pool_name))
+    try:
+        generation, settings = registry.segment.read_settings()
+        many = config_of(pool_name, {"a": 1, "b": 1, "read": 1})
+        bigger = many.model_copy(update={"groups": {**many.groups, "d": many.groups["a"]}})
+        with pytest.raises(ValueError, match=r"no row is free for 'd'"):
+            registry.configure(bigger)
+        assert registry.segment.read_settings() == (generation, settings)
+    finally:
+        close_desk(registry)
+
+
+def test_epoch_grows_with_what_workers_must_know(pool_name: str) -> None:
+    """Health, role and address change the epoch; a verdict or a weight does not."""
+    registry = open_desk(config_of(pool_name))
+    try:
+        up = EndpointHealth(health=Health.UP, role=Role.PRIMARY)
+        good = ProbeResult(verdict=Verdict.OK, role=Role.PRIMARY, address="10.0.0.1")
+
+        def epoch_after(health: EndpointHealth, result: ProbeResult, verdict: Verdict) -> int:
+            registry.record_probe(0, health, result, verdict)
+            return registry.status(0).epoch
+
+        first = registry.status(0).epoch
+        assert first == 1
+        assert epoch_after(up, good, Verdict.OK) == 2
+        assert epoch_after(up, good, Verdict.FULL) == 2
+        assert epoch_after(up, replace(good, address="10.0.0.2"), Verdict.OK) == 3
+        assert epoch_after(replace(up, role=Role.REPLICA), good, Verdict.OK) == 4
+        assert registry.status(0).role is Role.REPLICA
+    finally:
+        close_desk(registry)
