@@ -1,0 +1,233 @@
+"""The command `shmpool`: look at pools.  It reads the segment itself and needs no coordinator for that."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from shmpool.layout import Layout
+from shmpool.names import Names
+from shmpool.observation import observe, pools_of
+from shmpool.status import Level, Report, as_json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+EXIT_USAGE: Final = 64
+WATCH_S: Final = 2.0
+DEFAULT_LIMITS: Final = Layout(workers=128, slots_per_worker=32, endpoints=16, groups=32)
+
+_EXIT_CODES = """\
+exit codes:
+  0   fine
+  1   degraded: it works, but something needs a look
+  2   not running: no segment, or no coordinator
+  64  the command line is wrong
+"""
+_STATUS_EXAMPLES = f"""\
+NAME defaults to $SHMPOOL_NAME, or to the only pool that the user has.
+
+examples:
+  shmpool status                 the only pool
+  shmpool status web --watch     again every {WATCH_S:g} s, until Ctrl-C
+  shmpool status web --json      for programs
+  shmpool status web >/dev/null  for monitors: look at the exit code
+
+{_EXIT_CODES}"""
+
+
+class UsageError(Exception):
+    """The command line cannot be obeyed; the message says why."""
+
+
+class NoPoolError(Exception):
+    """The user has no pool."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+    except UsageError as error:
+        print(f"shmpool: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except NoPoolError as error:
+        print(f"shmpool: {error}", file=sys.stderr)
+        return Level.NOT_RUNNING
+    except KeyboardInterrupt:
+        return 0
+    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    def add(name: str, summary: str, epilog: str = _EXIT_CODES) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    parser = _Parser(
+        prog="shmpool",
+        description="Look at the connection pools that this host's workers share.",
+        epilog=f"example:\n  shmpool status web\n\n{_EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"shmpool {version('shmpool')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    status = add("status", "show a pool: endpoints, groups, workers, slots, and what is wrong", _STATUS_EXAMPLES)
+    _add_reading(status)
+    status.add_argument(
+        "--slots",
+        action=argparse.BooleanOptionalAction,
+        help="the slot tables (default: shown, but not with --watch)",
+    )
+    status.set_defaults(run=_show, is_slots_only=False)
+
+    slots = add("slots", "show the slot tables of a pool alone", _STATUS_EXAMPLES.replace("status", "slots"))
+    _add_reading(slots)
+    slots.set_defaults(run=_show, is_slots_only=True)
+
+    listing = add("list", "list the user's pools")
+    listing.set_defaults(run=_list)
+
+    shape = add("layout", "show the tables of a segment with the given [limits], and their offsets")
+    for limit in ("workers", "slots_per_worker", "endpoints", "groups"):
+        shape.add_argument(
+            f"--{limit.replace('_', '-')}",
+            type=_positive,
+            default=getattr(DEFAULT_LIMITS, limit),
+            metavar="N",
+            help="default: %(default)s",
+        )
+    shape.set_defaults(run=_layout)
+    return parser
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the pool")
+    parser.add_argument("--json", action="store_true", help="print JSON; names are stable within one `schema`")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=_seconds,
+        const=WATCH_S,
+        metavar="SECONDS",
+        help="show it again and again (default: every %(const)g s)",
+    )
+    parser.add_argument("--all", action="store_true", help="also rows and slots that hold nothing")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected seconds from 0.1 to 86400 (NAME goes first)")
+    return seconds
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    return int(text)
+
+
+def _find_names(name: str | None) -> Names:
+    """Return the names of the pool that is meant.
+
+    Raises:
+        UsageError: the name is not allowed, or several pools could be meant.
+        NoPoolError: no name was given, and there is none.
+    """
+    name = name or os.environ.get("SHMPOOL_NAME")
+    if not name:
+        uid = os.geteuid()
+        pools = pools_of(uid)
+        if not pools:
+            raise NoPoolError(f"uid {uid} has no pool; start its coordinator: shmpool-coordinator run --config FILE")
+        if len(pools) > 1:
+            raise UsageError(f"uid {uid} has the pools {', '.join(pools)}: give a NAME or set SHMPOOL_NAME")
+        name = pools[0]
+    try:
+        return Names.of(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _show(options: argparse.Namespace) -> int:
+    """Show a pool, again and again with `--watch`."""
+    names = _find_names(options.name)
+    if options.json:
+        return _show_json(names, options.watch)
+
+    from shmpool import tables
+
+    if options.watch is not None:
+        tables.watch(lambda: _drawing(observe(names), options), options.watch)
+    report = observe(names)
+    tables.console().print(_drawing(report, options))
+    return report.level
+
+
+def _show_json(names: Names, watch: float | None) -> int:
+    """Print one document; with `--watch` one per line."""
+    while True:
+        report = observe(names)
+        print(json.dumps(as_json(report), indent=2 if watch is None else None), flush=True)
+        if watch is None:
+            return report.level
+        time.sleep(watch)
+
+
+def _drawing(report: Report, options: argparse.Namespace) -> RenderableType:
+    from shmpool import tables
+
+    if options.is_slots_only:
+        return tables.slots(report, with_all=options.all)
+    with_slots = options.slots if options.slots is not None else options.watch is None
+    return tables.whole(report, with_slots=with_slots, with_all=options.all)
+
+
+def _list(_: argparse.Namespace) -> int:
+    from shmpool import tables
+
+    reports = [observe(Names.of(name)) for name in pools_of(os.geteuid())]
+    if reports:
+        tables.print_pools(reports)
+    else:
+        print(f"uid {os.geteuid()} has no pool")
+    return 0
+
+
+def _layout(options: argparse.Namespace) -> int:
+    from shmpool import tables
+
+    tables.print_layout(Layout(options.workers, options.slots_per_worker, options.endpoints, options.groups))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
