@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from shmpool.layout import GROUPS, RECALL_WORDS, SLOT_WORDS, SLOTS, USE_WORDS, WORKERS
 from shmpool.segment import Segment
@@ -86,7 +86,7 @@ def choose(
 
     Args:
         outstanding: what was asked for, by slot.
-        group_values, endpoint_values: permits that nobody holds.
+        group_values, endpoint_values: permits that a worker may take.
         usable: by group, the endpoints that it can use.
         least: by group, how many connections each worker keeps.
         now: of the clock that `outstanding` counts in.
@@ -133,6 +133,13 @@ def choose(
     return chosen
 
 
+class Available(Protocol):
+    """How many permits workers may take (permits.Permits)."""
+
+    def group_available(self, group: int) -> int: ...
+    def endpoint_available(self, endpoint: int) -> int: ...
+
+
 class Arbiter:
     """Sees who waits and asks for connections."""
 
@@ -157,25 +164,28 @@ class Arbiter:
         """Let go of the words."""
         self._uses.release()
 
-    def use_of(self, slot: int) -> Use:
-        """Return what a slot's owner does with it."""
-        return UseWord.of(self._uses[slot]).use
+    def slots_in(self, use: Use) -> list[int]:
+        """Return the slots whose use word says `use`, those of dead workers included."""
+        codes = self._uses.tobytes()[::8]  # the low byte of each use word
+        found = []
+        slot = codes.find(use)
+        while slot >= 0:
+            found.append(slot)
+            slot = codes.find(use, slot + 1)
+        return found
 
     def waiters(self) -> list[Waiter]:
         """Return who waits now, longest first."""
-        codes = self._uses.tobytes()[::8]  # the low byte of each use word
         per_row = self.segment.layout.slots_per_worker
         found = []
         held: dict[int, bool] = {}
-        slot = codes.find(Use.WAITING)
-        while slot >= 0:
+        for slot in self.slots_in(Use.WAITING):
             row = slot // per_row
             if row not in held:
                 held[row] = self._is_held(row)
             use = UseWord.of(self._uses[slot])
             if held[row] and use.use is Use.WAITING:
                 found.append(Waiter(slot, row, use.group, use.waits_for_endpoint))
-            slot = codes.find(Use.WAITING, slot + 1)
         times, shape = self.segment.times, self.segment.layout
         return sorted(found, key=lambda waiter: times[shape.at(SLOTS, waiter.slot) + _SINCE])
 
@@ -183,11 +193,15 @@ class Arbiter:
         self,
         waiters: Sequence[Waiter],
         settings: PoolSettings,
-        group_value: Callable[[int], int],
-        endpoint_value: Callable[[int], int],
+        usable: Mapping[int, frozenset[int]],
+        permits: Available,
         now: float,
     ) -> set[int]:
-        """Recall what the waiters need; return the worker rows that have something new to give back."""
+        """Recall what the waiters need; return the worker rows that have something new to give back.
+
+        Args:
+            usable: by group, the endpoints that are eligible for it now.
+        """
         self._clear_outdated(keep=bool(waiters))
         if not waiters:
             return set()
@@ -195,9 +209,9 @@ class Arbiter:
             waiters,
             self._held(),
             self.recalls,
-            group_values={g.index: group_value(g.index) for g in settings.groups},
-            endpoint_values={e.index: endpoint_value(e.index) for e in settings.endpoints},
-            usable=usable_endpoints(settings),
+            group_values={g.index: permits.group_available(g.index) for g in settings.groups},
+            endpoint_values={e.index: permits.endpoint_available(e.index) for e in settings.endpoints},
+            usable=usable,
             least={g.index: g.per_worker_min for g in settings.groups},
             now=now,
         )
@@ -240,14 +254,6 @@ class Arbiter:
                 )
             )
         return found
-
-
-def usable_endpoints(settings: PoolSettings) -> dict[int, frozenset[int]]:
-    """Return by group the endpoints that its configuration names."""
-    return {
-        group.index: frozenset(e.index for e in settings.endpoints if not group.endpoints or e.name in group.endpoints)
-        for group in settings.groups
-    }
 
 
 def waiting_groups(waiters: Iterable[Waiter]) -> tuple[set[int], set[int]]:

@@ -162,7 +162,7 @@ class Control:
             return False
 
     def _ready(self, peer: Peer, mask: int) -> None:
-        if mask & selectors.EVENT_WRITE:
+        if mask & selectors.EVENT_WRITE and peer in self.peers:  # it may have ended earlier in this turn
             self._flush(peer)
         if mask & selectors.EVENT_READ and peer in self.peers:
             self._read(peer)

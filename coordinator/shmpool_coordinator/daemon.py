@@ -27,11 +27,12 @@ from shmpool.layout import ENDPOINTS, SLOTS
 from shmpool.names import Names
 from shmpool.settings import EndpointSettings
 from shmpool.states import Admin, Health, Role, Use, Verdict
-from shmpool.words import E_INDEX_SHIFT, FIELDS_MASK, YES, Kind
+from shmpool.words import YES, Kind
 from shmpool.words import field as field_of
 from shmpool_coordinator import health
 from shmpool_coordinator.arbiter import Arbiter, waiting_groups
 from shmpool_coordinator.config import Config, ConfigError, load
+from shmpool_coordinator.config import Probe as ProbeOptions
 from shmpool_coordinator.control import Control, Peer, Reply, RequestError
 from shmpool_coordinator.health import EndpointHealth, ProbeResult
 from shmpool_coordinator.probe import Probe, parse_conninfo
@@ -134,12 +135,12 @@ class Watch:
     """An endpoint, its probe and what is known of it."""
 
     settings: EndpointSettings
+    probe: ProbeOptions
     prober: Prober
     health: EndpointHealth
     result: ProbeResult | None = None
     last_evidence: float = -EVIDENCE_GAP_S
     is_urgent: bool = False
-    probed_boottime: float = 0.0
     told: tuple[Health, Role, Verdict] = field(default=(Health.UNKNOWN, Role.UNKNOWN, Verdict.NONE))
 
 
@@ -238,9 +239,8 @@ class Daemon:
             self.permits.ring_waiting(*waiting_groups(waiters))
         now = monotonic()
         assert self.registry.settings is not None
-        rows = self.arbiter.tick(
-            waiters, self.registry.settings, self.permits.group_value, self.permits.endpoint_value, now
-        )
+        usable = self.registry.usable_endpoints() if waiters else {}
+        rows = self.arbiter.tick(waiters, self.registry.settings, usable, self.permits, now)
         if rows:
             self.control.send_rows(rows, "recall")
         offset = time.time() - now
@@ -302,19 +302,19 @@ class Daemon:
         settings, probe = self.registry.settings, self.registry.config.probe
         assert settings is not None
         wanted = {e.index: e for e in settings.endpoints}
-        for index in [i for i, w in self._watches.items() if wanted.get(i) != w.settings]:
+        for index in [i for i, w in self._watches.items() if (wanted.get(i), probe) != (w.settings, w.probe)]:
             self._watches.pop(index).prober.end()
         for index, endpoint in wanted.items():
             if index not in self._watches:
                 self._watches[index] = Watch(
                     endpoint,
+                    probe,
                     self._prober(endpoint),
                     health.hasten(self.registry.known_health(index), monotonic()),
                 )
         self.sessions.configure(
             settings.endpoints,
-            overlay=probe.conninfo,
-            timeout_s=probe.timeout,
+            probe,
             grace_s=self.registry.config.coordinator.orphan_grace,
         )
 
@@ -345,19 +345,18 @@ class Daemon:
 
     def _advance(self, watch: Watch, result: ProbeResult) -> None:
         now = monotonic()
-        is_bad = health.SIGN_OF_VERDICT[result.verdict] is health.Sign.BAD
+        could_fall = watch.health.health is Health.UP and health.SIGN_OF_VERDICT[result.verdict] is health.Sign.BAD
         watch.health = health.advance(
             watch.health,
             result,
             self.registry.config.probe,
             now,
             jitter=random.uniform(-JITTER, JITTER),
-            is_used=is_bad and self._is_used(watch),
+            is_used=could_fall and self._is_used(watch),
             is_urgent=watch.is_urgent,
         )
         watch.is_urgent = False
         watch.result = result
-        watch.probed_boottime = monotonic()
         self.registry.record_probe(watch.settings.index, watch.health, result, self._verdict(watch))
         self._record_lag(watch)
         self._tell(watch)
@@ -369,13 +368,16 @@ class Daemon:
     def _is_used(self, watch: Watch) -> bool:
         """Whether a worker checked a connection of the endpoint out and in since its last probe."""
         index, shape, segment = watch.settings.index, self.segment.layout, self.segment
-        for slot, word in enumerate(self.permits.slot_words()):
-            if not word & FIELDS_MASK or word >> E_INDEX_SHIFT & 0xFF != index:
-                continue
-            since = segment.times[shape.at(SLOTS, slot, "since")]
-            is_held = field_of(word, Kind.ENDPOINT, index) == YES and self.arbiter.use_of(slot) is Use.IDLE
-            if is_held and since > watch.probed_boottime > 0:
-                return True
+        last_probe = watch.health.last_probe
+        if last_probe is None:
+            return False
+        idle = self.arbiter.slots_in(Use.IDLE)
+        words = self.permits.slot_words() if idle else []
+        for slot in idle:
+            if field_of(words[slot], Kind.ENDPOINT, index) == YES:
+                since = segment.times[shape.at(SLOTS, slot, "since")]
+                if since > last_probe:
+                    return True
         return False
 
     def _verdict(self, watch: Watch) -> Verdict:

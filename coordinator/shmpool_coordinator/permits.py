@@ -117,14 +117,20 @@ class Permits:
         """Return how many permits nobody holds."""
         return int(self._semaphores[number].value)
 
-    def group_value(self, group: int) -> int:
-        """Return how many permits of a group nobody holds; 0 for a group that does not exist."""
-        return self.value(group) if group in self._semaphores else 0
+    def group_available(self, group: int) -> int:
+        """Return how many permits of a group a worker may take."""
+        return self._available(group)
 
-    def endpoint_value(self, endpoint: int) -> int:
-        """Return how many permits of an endpoint nobody holds; 0 for one that does not exist."""
-        number = self._groups + endpoint
-        return self.value(number) if number in self._semaphores else 0
+    def endpoint_available(self, endpoint: int) -> int:
+        """Return how many permits of an endpoint a worker may take."""
+        return self._available(self._groups + endpoint)
+
+    def _available(self, number: int) -> int:
+        """The value without the surplus that is the coordinator's; 0 where there is no semaphore."""
+        if number not in self._semaphores:
+            return 0
+        control = self.control(number)
+        return max(0, self.value(number) - max(0, control.issued - control.target))
 
     def read_values(self) -> list[int | None]:
         """Return the value of every semaphore; None where there is none."""
@@ -400,11 +406,11 @@ class Permits:
         A poster that was killed between a bell's increment and its wake left a ring that wakes nobody.
         """
         for group in for_group:
-            if group in self._bells and self.group_value(group) > 0:
+            if group in self._bells and self.group_available(group) > 0:
                 self._ring_anyway(self._bells[group])
         for group in for_endpoint:
             usable = [endpoint for endpoint, groups in self._users.items() if group in groups]
-            if group in self._endpoint_bells and any(self.endpoint_value(e) > 0 for e in usable):
+            if group in self._endpoint_bells and any(self.endpoint_available(e) > 0 for e in usable):
                 self._ring_anyway(self._endpoint_bells[group])
 
     def ring_all(self) -> None:

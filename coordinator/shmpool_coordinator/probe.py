@@ -22,6 +22,7 @@ from typing import Any, Final
 import psycopg2
 from psycopg2 import extensions
 
+from shmpool.credentials import read_secrets
 from shmpool.settings import EndpointSettings
 from shmpool.states import Role, Verdict
 from shmpool_coordinator.health import ProbeResult
@@ -106,6 +107,7 @@ VERDICT_OF_TEXT: Final[tuple[tuple[Verdict, re.Pattern[str]], ...]] = tuple(
                 r"authentication failed",
                 r"authentication method",
                 r"no password supplied",
+                r"\bpassword_(file|command|env)\b",
                 r"no pg_hba\.conf entry",
                 r"pg_hba\.conf rejects",
                 r"(role|user|database) \".*\" does not exist",
@@ -208,6 +210,9 @@ class Probe:
             overlay: conninfo laid over the endpoint's.
             timeout_s: bound of the connect, and again of the query.
         """
+        self._settings = settings
+        # Another user of the overlay has another password: libpq finds it its own ways.
+        self._has_own_user = "user" in parse_conninfo(overlay)
         self._keywords = connect_kwargs(settings, overlay)
         self._keywords["application_name"] = f"shmpool:{pool}:coordinator"
         self._name = settings.name
@@ -257,6 +262,8 @@ class Probe:
         # libpq's connect_timeout has no part in this: it counts whole seconds, and not at all when
         # asynchronous.
         keywords: dict[str, Any] = dict(self._keywords)
+        if not self._has_own_user:
+            keywords |= read_secrets(self._settings)
         if self._hostaddr:
             keywords["hostaddr"] = self._hostaddr
         self._query = FULL_QUERY

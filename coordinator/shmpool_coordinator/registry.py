@@ -16,7 +16,7 @@ import grp
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from shmpool import layout, rows, segment, semaphores
@@ -117,6 +117,7 @@ class Registry:
         if self.is_adopted:
             self.settings = self.segment.read_settings()[1]
             self._open_semaphores(self.settings)
+            self._warn_of_differences(self.settings)
         try:
             self.configure(config)
         except (ValueError, OSError):
@@ -134,6 +135,25 @@ class Registry:
             self.segment.set_header(column, value)
         self.beat()
         self.segment.set_header("state", SegmentState.OPEN)
+
+    def _warn_of_differences(self, settings: PoolSettings) -> None:
+        shape, limits = self.segment.layout, self.config.limits
+        if settings.config_file != self.config.source:
+            log.warning(
+                "pool %s: was configured by %s, now by %s",
+                self.names.pool,
+                settings.config_file,
+                self.config.source,
+            )
+        for key in ("workers", "slots_per_worker", "endpoints", "groups"):
+            if getattr(shape, key) != getattr(limits, key):
+                log.warning(
+                    "pool %s: limits.%s is %d, the segment was made with %d and keeps it until all have left it",
+                    self.names.pool,
+                    key,
+                    getattr(limits, key),
+                    getattr(shape, key),
+                )
 
     # -- create or adopt ---------------------------------------------------------------------------
 
@@ -186,10 +206,32 @@ class Registry:
         return made
 
     def _open_semaphores(self, settings: PoolSettings) -> None:
+        self._clear_unpublished(settings)
         for group in settings.groups:
             self._open_group(group.index)
         for endpoint in settings.endpoints:
             self._open_permit(self.segment.layout.groups + endpoint.index)
+
+    def _clear_unpublished(self, settings: PoolSettings) -> None:
+        """Finish what a coordinator that died while it added or dropped a row had begun: nobody knows these rows."""
+        shape, words = self.segment.layout, self.segment.words
+        groups = {g.index for g in settings.groups}
+        known = groups | {shape.groups + e.index for e in settings.endpoints}
+        for number in set(range(shape.semaphores)) - known:
+            if words[shape.at(PERMITS, number, "semaphore_inode")]:
+                semaphores.unlink(self._permit_name(number))
+                self._clear(PERMITS, number)
+        for index in set(range(shape.groups)) - groups:
+            if self._group_word(index, "bell_inode"):
+                self._clear_group(index)
+        for index in range(shape.endpoints):
+            if shape.groups + index not in known:
+                self._clear(ENDPOINTS, index)
+
+    def _clear_group(self, index: int) -> None:
+        for kind in "bw":
+            semaphores.unlink(self._name(kind, index))
+        self._clear(GROUPS, index)
 
     def _open_group(self, index: int) -> None:
         self._open_permit(index)
@@ -241,8 +283,7 @@ class Registry:
         )
         groups = self._indexes("groups", config.groups, old.groups if old else (), self.segment.layout.groups)
         wanted = config.settings(endpoints, groups)
-        settings = replace(
-            wanted,
+        settings = wanted._replace(
             endpoints=wanted.endpoints + _removed_endpoints(old, wanted.endpoints),
             groups=wanted.groups + _removed_groups(old, wanted.groups),
         )
@@ -337,17 +378,14 @@ class Registry:
         ]
         if not groups and not endpoints:
             return False
-        self.settings = replace(
-            settings,
+        self.settings = settings._replace(
             groups=tuple(g for g in settings.groups if g not in groups),
             endpoints=tuple(e for e in settings.endpoints if e not in endpoints),
         )
         self.segment.publish(self.settings)
         for group in groups:
             self._free_permit(group.index)
-            for kind in "bw":
-                semaphores.unlink(self._name(kind, group.index))
-            self._clear(GROUPS, group.index)
+            self._clear_group(group.index)
         for endpoint in endpoints:
             self._free_permit(shape.groups + endpoint.index)
             self._clear(ENDPOINTS, endpoint.index)
@@ -450,17 +488,26 @@ class Registry:
     def has_vacant_role(self) -> bool:
         """Whether some group has no endpoint that is UP in a role that serves it."""
         assert self.settings is not None
-        statuses = {e.name: self.status(e.index) for e in self.settings.endpoints}
-        return any(
-            not any(
-                status.health is Health.UP
+        usable = self.usable_endpoints()
+        up = {e.index for e in self.settings.endpoints if self.status(e.index).health is Health.UP}
+        return any(not usable[group.index] & up for group in self.settings.groups if group.connections)
+
+    def usable_endpoints(self) -> dict[int, frozenset[int]]:
+        """Return by group the endpoints that are not DOWN and in a role that serves it."""
+        assert self.settings is not None
+        statuses = [(e, self.status(e.index)) for e in self.settings.endpoints]
+        return {
+            group.index: frozenset(
+                e.index
+                for e, status in statuses
+                if (not group.endpoints or e.name in group.endpoints)
+                and status.admin is Admin.READY
+                and status.health is not Health.DOWN
+                and status.verdict is not Verdict.ROLE_CONFLICT
                 and is_role_allowed(group.target, status.role)
-                and (not group.endpoints or name in group.endpoints)
-                for name, status in statuses.items()
             )
             for group in self.settings.groups
-            if group.connections
-        )
+        }
 
     # -- the header, and the end -------------------------------------------------------------------
 
@@ -533,13 +580,13 @@ def _semaphores_of(found: Segment) -> list[tuple[str, int]]:
 def _removed_endpoints(old: PoolSettings | None, wanted: tuple[EndpointSettings, ...]) -> tuple[EndpointSettings, ...]:
     names = {e.name for e in wanted}
     rows_left = old.endpoints if old else ()
-    return tuple(replace(e, max_connections=0, weight=0) for e in rows_left if e.name not in names)
+    return tuple(e._replace(max_connections=0, weight=0) for e in rows_left if e.name not in names)
 
 
 def _removed_groups(old: PoolSettings | None, wanted: tuple[GroupSettings, ...]) -> tuple[GroupSettings, ...]:
     names = {g.name for g in wanted}
     rows_left = old.groups if old else ()
-    return tuple(replace(g, connections=0) for g in rows_left if g.name not in names)
+    return tuple(g._replace(connections=0) for g in rows_left if g.name not in names)
 
 
 def _changes(old: PoolSettings | None, new: PoolSettings) -> list[str]:

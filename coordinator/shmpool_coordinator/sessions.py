@@ -24,6 +24,7 @@ from shmpool.layout import SLOTS
 from shmpool.segment import Segment
 from shmpool.settings import EndpointSettings
 from shmpool.words import E_INDEX_SHIFT
+from shmpool_coordinator.config import Probe as ProbeOptions
 from shmpool_coordinator.probe import Probe, parse_conninfo
 
 LOOK_EVERY_S: Final = 0.1
@@ -188,17 +189,18 @@ class Sessions:
         self._segment = segment
         self._wake = wake
         self._endpoints: dict[int, EndpointSessions] = {}
+        self._options: tuple[ProbeOptions, float] | None = None
 
-    def configure(
-        self, endpoints: tuple[EndpointSettings, ...], *, overlay: str, timeout_s: float, grace_s: float
-    ) -> None:
+    def configure(self, endpoints: tuple[EndpointSettings, ...], probe: ProbeOptions, *, grace_s: float) -> None:
         """Take in the endpoints; a changed one is asked anew."""
         pool = self._segment.names.pool
+        is_same = (probe, grace_s) == self._options
+        self._options = (probe, grace_s)
         for settings in endpoints:
             known = self._endpoints.get(settings.index)
-            if known is not None and known.settings == settings:
+            if is_same and known is not None and known.settings == settings:
                 continue
-            look = SessionLook(settings, pool=pool, overlay=overlay, timeout_s=timeout_s)
+            look = SessionLook(settings, pool=pool, overlay=probe.conninfo, timeout_s=probe.timeout)
             self._endpoints[settings.index] = EndpointSessions(pool, settings, look, grace_s, self._wake)
 
     def is_gone(self, slot: int, word: int) -> bool:

@@ -86,9 +86,9 @@ class CoordinatorProcess:
         except ControlError:
             return False
 
-    def request(self, kind: str, **fields: object) -> Message:
+    def request(self, kind: str) -> Message:
         """Send one message over the control socket and return the answer."""
-        return request(self.names, kind, **fields)
+        return request(self.names, kind)
 
     def attach(self) -> Segment:
         """Map the segment; the caller releases it."""

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -98,7 +97,7 @@ def test_retired_can_be_read(made: Segment, names: Names) -> None:
 
 def test_another_owner_is_refused(made: Segment, names: Names) -> None:
     """A segment that belongs to another uid than its name says is not touched."""
-    other = replace(names, uid=names.uid + 1)
+    other = names._replace(uid=names.uid + 1)
     os.rename(names.segment, other.segment)
     try:
         with pytest.raises(SegmentMismatchError, match=f"belongs to uid {names.uid}, expected uid"):
@@ -255,7 +254,7 @@ def test_a_publisher_that_dies_leaves_the_old_configuration(made: Segment) -> No
 def test_too_large_a_configuration_changes_nothing(made: Segment) -> None:
     """A configuration that does not fit is refused before anything is stored."""
     made.publish(pool_settings())
-    large = replace(pool_settings(), config_file="x" * layout.CONFIG_AREA_BYTES)
+    large = pool_settings()._replace(config_file="x" * layout.CONFIG_AREA_BYTES)
     with pytest.raises(ValueError, match="65536 fit"):
         made.publish(large)
     assert made.read_settings() == (1, pool_settings())

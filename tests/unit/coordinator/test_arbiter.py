@@ -119,9 +119,8 @@ def test_recall_is_written_and_withdrawn(pool: Desk) -> None:
     segment.words[waiting.use_at] = UseWord(Use.WAITING, 0).word()
 
     def tick(now: float) -> set[int]:
-        return arbiter.tick(
-            arbiter.waiters(), settings, registry.permits.group_value, registry.permits.endpoint_value, now
-        )
+        usable = registry.usable_endpoints()
+        return arbiter.tick(arbiter.waiters(), settings, usable, registry.permits, now)
 
     assert waiting_groups(arbiter.waiters()) == ({0}, set())
     assert tick(NOW) == {0}

@@ -136,6 +136,23 @@ def test_removed_names_are_drained_before_their_rows_are_free(pool_name: str) ->
         assert registry.permits.value(0) == 3
 
 
+def test_rows_that_nobody_knows_are_cleared_at_adoption(pool_name: str) -> None:
+    """What a coordinator had begun to add or to drop when it died is cleared by its successor."""
+    first = open_desk(config_of(pool_name, {"a": 1, "b": 2}))
+    assert first.settings is not None
+    first.segment.publish(first.settings._replace(groups=first.settings.groups[:1]))
+    close_desk(first, unlink=False)
+    second = open_desk(config_of(pool_name, {"a": 1, "c": 3}))
+    try:
+        assert second.settings is not None
+        assert {g.name: g.index for g in second.settings.groups} == {"a": 0, "c": 1}
+        second.permits.tick(gone)
+        assert second.permits.value(1) == 3
+        assert second.damage() is None
+    finally:
+        close_desk(second)
+
+
 def test_configuration_that_needs_more_rows_is_refused(pool_name: str) -> None:
     """More groups than the segment has rows: an error, and nothing has changed."""
     registry = open_desk(config_of(pool_name))
