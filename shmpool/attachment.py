@@ -15,10 +15,9 @@ Fork.  `_before_fork` runs in the parent of every fork: attachments that can, de
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
+import sys
 import threading
-import traceback
 import weakref
 from collections.abc import Sequence
 from typing import Final, Protocol
@@ -35,8 +34,6 @@ from shmpool.settings import EndpointSettings, GroupSettings, PoolSettings
 from shmpool.slots import EndpointPermits, GroupPermits, SlotTable, Token
 from shmpool.states import SegmentState
 
-log = logging.getLogger("shmpool")
-
 _ROWS_MAX: Final = 16  # rows that one process may take, if one is not enough for its threads
 
 BACKGROUND_STOP_S: Final = 2.0
@@ -50,6 +47,17 @@ def set_server_generation(generation: int) -> None:
     """Say which start or reload of the application server this process belongs to, before it attaches."""
     global _server_generation
     _server_generation = generation
+
+
+def _callers(limit: int = 8) -> str:
+    """Return who is calling, innermost last: a short trace for the log."""
+    lines: list[str] = []
+    frame = sys._getframe(2)
+    while frame is not None and len(lines) < limit:
+        code = frame.f_code
+        lines.append(f"  {code.co_filename}:{frame.f_lineno} in {code.co_name}")
+        frame = frame.f_back  # type: ignore[assignment]
+    return "\n".join(reversed(lines))
 
 
 class Resting(Protocol):
@@ -71,7 +79,7 @@ class Attachment:
         self.pid = os.getpid()
         self.page = private_page()
         self.table = SlotTable(segment, self.page, token_type)
-        self.opened_by = "".join(traceback.format_stack(limit=8)[:-2])
+        self.opened_by = _callers()
         self.users: weakref.WeakSet[Resting] = weakref.WeakSet()  # pools with idle connections here
         self._background: Background | None = None
         self._semaphores: dict[str, Semaphore] = {}
@@ -289,7 +297,9 @@ def _before_fork() -> None:
         attachment.stop_background()
         count = attachment.rest()
         if count:
-            log.warning(
+            import logging  # cold, and an application has it anyway
+
+            logging.getLogger("shmpool").warning(
                 "pool %s: attached in pid %d, which now forks; gave back %d idle connections first. "
                 "It was attached by:\n%s",
                 attachment.names.pool,

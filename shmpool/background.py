@@ -11,21 +11,18 @@ Fork.  `stop` is called before a fork; a child starts its own on first use.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import random
 import select
 import socket
 import threading
 from collections.abc import Callable
 from typing import Any, Final
 
+from shmpool.chance import chance
 from shmpool.clock import monotonic
 from shmpool.control_client import ControlError, connect
 from shmpool.frames import FrameError, Frames, encode
 from shmpool.names import Names
-
-log = logging.getLogger("shmpool")
 
 SWEEP_S: Final = 5.0  # between looks at idle connections when nothing is asked for
 CONNECT_TIMEOUT_S: Final = 1.0
@@ -81,7 +78,9 @@ class Background:
                     self._look()
         except Exception:
             if not self._stopping:
-                log.exception(
+                import logging  # cold, and an application has it anyway
+
+                logging.getLogger("shmpool").exception(
                     "pool %s: background thread ended; idle connections are looked after at checkout",
                     self._names.pool,
                 )
@@ -96,7 +95,7 @@ class Background:
             connection.sendall(encode("hello", **self._hello()))
         except (ControlError, OSError):
             self._retry_s = min(RETRY_MAX_S, self._retry_s * 2)
-            self._retry_at = monotonic() + self._retry_s * random.uniform(0.5, 1.0)
+            self._retry_at = monotonic() + self._retry_s * (0.5 + chance() / 2)
         else:
             self._retry_s = RETRY_MIN_S
             self._socket = connection
@@ -129,6 +128,6 @@ class Background:
 
     def _disconnect(self) -> None:
         connection, self._socket = self._socket, None
-        self._retry_at = monotonic() + RETRY_MIN_S * random.random()
+        self._retry_at = monotonic() + RETRY_MIN_S * chance()
         if connection is not None:
             connection.close()

@@ -15,8 +15,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import psycopg2
 from psycopg2 import InterfaceError, OperationalError
@@ -90,8 +89,7 @@ for _name in ("autocommit", "isolation_level", "readonly", "deferrable", "cursor
     setattr(Connection, _name, _noted(_name))
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
+class Recipe(NamedTuple):
     """How connections of one group to one endpoint are opened; free of secrets."""
 
     endpoint: EndpointSettings
@@ -253,6 +251,18 @@ def answers(conn: connection, seconds: float) -> bool:
     finally:
         timer.cancel()
         twin.close()
+
+
+def are_spent(marks: list[weakref.ref[cursor] | None]) -> bool:
+    """Whether a checkin has nothing to look after: no session change, and every cursor is closed or gone."""
+    for mark in marks:
+        if mark is None:
+            return False
+        cur = mark()
+        if cur is not None and not cur.closed:
+            return False
+    marks.clear()
+    return True
 
 
 def restore(conn: Connection, recipe: Recipe) -> bool:

@@ -49,7 +49,7 @@ class Handle:
 
     def cursor(self, *args: Any, **kwargs: Any) -> cursor:
         """As psycopg2's `connection.cursor`; the cursor is closed when the connection is given back."""
-        lease = self._live()
+        lease = self._lease or self._live()
         cur: cursor = lease.connection.cursor(*args, **kwargs)
         marks = lease.marks
         if len(marks) >= _PRUNE_AT:

@@ -11,10 +11,9 @@ the record lock of the worker row (rows.py).
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Final, Literal
+import zlib
+from functools import lru_cache
+from typing import Final, Literal, NamedTuple
 
 FORMAT: Final = 1  # grows only with a major release; a golden test pins it and the digest
 MAGIC: Final = int.from_bytes(b"SHMPOOL\x00", "little")
@@ -26,8 +25,7 @@ CONFIG_AREAS: Final = 2
 Writer = Literal["coordinator", "owner"]
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(NamedTuple):
     """One word of a row.  `kind` tells how its 8 bytes are read."""
 
     name: str
@@ -36,17 +34,13 @@ class Column:
     writer: Writer | None = None  # None: the table's writer
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(NamedTuple):
     """A table of equal rows: `row_words` words each, of which the columns use the first ones."""
 
     name: str
     writer: Writer
     row_words: int
     columns: tuple[Column, ...]
-
-    def __post_init__(self) -> None:
-        assert len(self.columns) <= self.row_words, self.name
 
     def column(self, name: str) -> int:
         """Return the position of a column in the row."""
@@ -218,7 +212,13 @@ def _description() -> str:
     return "\n".join(lines)
 
 
-DIGEST: Final = int.from_bytes(hashlib.sha256(_description().encode()).digest()[:8], "little")
+def _digest() -> int:
+    """Return two checksums of the description in one word (zlib's: a worker need not load a hash library)."""
+    described = _description().encode()
+    return zlib.crc32(described) << 32 | zlib.adler32(described)
+
+
+DIGEST: Final = _digest()
 
 # The only columns that are read before the layout of a segment is known: their places never change.
 MAGIC_AT, FORMAT_AT, DIGEST_AT, SIZE_AT = range(4)
@@ -230,8 +230,7 @@ def _rounded(words: int) -> int:
     return -(-words // page_words) * page_words
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Where each table of a segment with these dimensions lies.  All positions count words from the start."""
 
     workers: int
@@ -263,37 +262,39 @@ class Layout:
             return self.workers
         return self.slots
 
-    @cached_property
-    def _carved(self) -> tuple[dict[str, int], int]:
-        """Each table begins on a page of its own."""
-        bases, end = {}, 0
-        for table in TABLES:
-            bases[table.name] = end
-            end += _rounded(self.rows(table) * table.row_words)
-        return bases, end
-
     def at(self, table: Table, row: int = 0, column: str | int = 0) -> int:
         """Return the word position of a cell."""
         if not 0 <= row < self.rows(table):
             raise IndexError(f"{table.name} has {self.rows(table)} rows, not row {row}")
         offset = column if isinstance(column, int) else table.column(column)
-        return self._carved[0][table.name] + row * table.row_words + offset
+        return _carved(self)[0][table.name] + row * table.row_words + offset
 
     def span(self, table: Table) -> tuple[int, int]:
         """Return the first word of a table and the word behind its last row."""
-        start = self._carved[0][table.name]
+        start = _carved(self)[0][table.name]
         return start, start + self.rows(table) * table.row_words
 
     def config_area(self, area: int) -> tuple[int, int]:
         """Return the first byte of a configuration area and the byte behind it."""
-        start = self._carved[1] * WORD_BYTES + area * CONFIG_AREA_BYTES
+        start = _carved(self)[1] * WORD_BYTES + area * CONFIG_AREA_BYTES
         return start, start + CONFIG_AREA_BYTES
 
     @property
     def size_bytes(self) -> int:
         """Size of the whole segment."""
-        return self._carved[1] * WORD_BYTES + CONFIG_AREAS * CONFIG_AREA_BYTES
+        return _carved(self)[1] * WORD_BYTES + CONFIG_AREAS * CONFIG_AREA_BYTES
 
     def slot(self, row: int, slot: int) -> int:
         """Return the number of a slot among those of all workers."""
         return row * self.slots_per_worker + slot
+
+
+@lru_cache(maxsize=8)
+def _carved(shape: Layout) -> tuple[dict[str, int], int]:
+    """Return the first word of each table, and the word behind the last one; each begins on a page of its own."""
+    bases, end = {}, 0
+    for table in TABLES:
+        assert len(table.columns) <= table.row_words, table.name
+        bases[table.name] = end
+        end += _rounded(shape.rows(table) * table.row_words)
+    return bases, end

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import threading
 import time
 import weakref
@@ -26,6 +25,7 @@ from psycopg2.extensions import cursor
 
 from shmpool import slots
 from shmpool.attachment import Attachment
+from shmpool.chance import chance
 from shmpool.clock import monotonic, slept
 from shmpool.connection import (
     ConnectFailedError,
@@ -44,7 +44,7 @@ from shmpool.endpoints import heartbeat_age, read_candidates, status_at
 from shmpool.errors import DisownedError, TableFullError
 from shmpool.pool_errors import NoEligibleEndpoint, PoolTimeout
 from shmpool.reports import describe_group
-from shmpool.routing import Route, choose, is_role_allowed
+from shmpool.routing import Route, choose, is_role_allowed, should_move
 from shmpool.semaphores import SLICE_S, ring
 from shmpool.settings import GroupSettings
 from shmpool.slots import EndpointPermits, GroupPermits, Token
@@ -184,7 +184,6 @@ class LocalGroup:
         asleep = slept()
         idle = now - lease.since + max(0.0, asleep - lease.slept)  # a suspended machine's peers forget
         lease.slept = asleep
-        lease.words[lease.checkouts_at] = lease.checkouts
         if now >= lease.expires:
             fit = False
         elif idle >= self.settings.ping_after:
@@ -216,8 +215,13 @@ class LocalGroup:
                 return lease
 
     def look_after_idle(self) -> None:
-        """Give back idle connections that are recalled, too old, unused for `max_idle`, or that died."""
+        """Give back idle connections that are recalled, too old, unused for `max_idle`, or that died.
+
+        And one of those that fell back on another endpoint than the group prefers, once a preferred one is there
+        again: its next user opens it there.  One at a time, as a server that returns is not to be stormed.
+        """
         now = monotonic()
+        may_move = True
         for _ in range(len(self.idle)):
             try:
                 lease = self.idle.popleft()
@@ -226,8 +230,20 @@ class LocalGroup:
             wanted_back = lease.words[lease.recall_at] == lease.words[lease.word_at]
             if wanted_back or self.is_retired or now - lease.since >= self.settings.max_idle:
                 self.give_back(lease)
-            elif self.is_fit(lease):
+            elif not self.is_fit(lease):
+                continue
+            elif may_move and self._should_move(lease):
+                may_move = False
+                self.give_back(lease)
+            else:
                 self.put_idle(lease)
+
+    def _should_move(self, lease: Lease) -> bool:
+        attachment, endpoint = self.attachment, lease.tether.endpoint
+        if endpoint is None or heartbeat_age(attachment.segment) > attachment.settings.stale_after:
+            return False
+        candidates = read_candidates(attachment.segment, attachment.settings.endpoints, attachment.endpoints)
+        return should_move(self.settings, candidates, endpoint.index)
 
     def put_idle(self, lease: Lease) -> None:
         """Let a connection rest; serve a waiting thread first."""
@@ -522,7 +538,7 @@ class LocalGroup:
         token.since_at = token.detail_at + slots.SINCE
         token.checkouts_at = token.detail_at + slots.CHECKOUTS
         token.checkouts = table.words[token.checkouts_at]
-        jitter = 1 - LIFETIME_JITTER * random.random()
+        jitter = 1 - LIFETIME_JITTER * chance()
         token.expires = conn.opened_at + self.settings.max_lifetime * jitter
         table.words[token.detail_at + slots.ENDPOINT_EPOCH] = Status.of(token.status).epoch
         table.words[token.detail_at + slots.BACKEND_PID] = conn.get_backend_pid()

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 SHM_DIR: Final = Path("/dev/shm")  # where glibc keeps POSIX shared memory and semaphores
 POOL_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")  # short: it is part of application_name (63 bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Names:
+class Names(NamedTuple):
     """The names of one user's pool."""
 
     pool: str

@@ -29,7 +29,7 @@ from psycopg2.extensions import cursor
 
 from shmpool.attachment import Attachment, join
 from shmpool.clock import monotonic
-from shmpool.connection import Connection, close_connection, make_recipe, restore
+from shmpool.connection import Connection, are_spent, close_connection, make_recipe, restore
 from shmpool.errors import DisownedError, MechanismError
 from shmpool.handle import Handle
 from shmpool.local_group import BYPASS_S, Lease, LocalGroup
@@ -116,11 +116,16 @@ class Pool:
             return
         handle._lease = None
         words = lease.words
-        if not lease.page[0] or lease.connection.get_transaction_status() or lease.marks or words[lease.recall_at]:
+        lease.checkouts += 1
+        if not lease.page[0] or lease.connection.get_transaction_status() or words[lease.recall_at]:
             self._checkin_slowly(lease)
             return
+        if lease.marks:  # the shared counter follows whenever the connection was really used
+            if not are_spent(lease.marks):
+                self._checkin_slowly(lease)
+                return
+            words[lease.checkouts_at] = lease.checkouts
         words[lease.use_at] = lease.idle_use
-        lease.checkouts += 1
         lease.idle.append(lease)
         if lease.waiters:
             lease.group.serve()
@@ -209,7 +214,6 @@ class Pool:
         if not lease.page[0]:
             return  # a child's copy: the parent's connection is not touched
         wanted_back = lease.words[lease.recall_at] == lease.words[lease.word_at]
-        lease.checkouts += 1
         lease.words[lease.checkouts_at] = lease.checkouts
         if wanted_back or not restore(lease.connection, lease.recipe):
             lease.group.give_back(lease)
@@ -327,7 +331,7 @@ _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 
 @atexit.register
-def _close_at_exit() -> None:
-    """Give back what rests when a process ends in order; all else is the reaper's.  Inherited by children: no harm."""
+def close_all() -> None:
+    """Close every pool of this process, as it ends in order; all else is the reaper's.  Inherited by children: no harm."""
     for pool in list(_pools):
         pool.close()

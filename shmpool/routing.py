@@ -6,11 +6,10 @@ unknown, and whoever opens a connection checks the role on it.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
 
+from shmpool.chance import chance
 from shmpool.settings import EndpointSettings, GroupSettings, Target
 from shmpool.states import Admin, Health, Role
 from shmpool.words import Status
@@ -23,8 +22,7 @@ _WANTED: Final[dict[Target, frozenset[Role]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """What is known of an endpoint at this moment."""
 
     settings: EndpointSettings
@@ -34,8 +32,7 @@ class Candidate:
     lag_bytes: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """Endpoints to try, best first, by index; and for the others why not."""
 
     order: tuple[int, ...]
@@ -71,20 +68,34 @@ def refusal(group: GroupSettings, candidate: Candidate, is_stale: bool) -> str |
     return None
 
 
+def is_second_choice(group: GroupSettings, candidate: Candidate) -> bool:
+    """Whether an endpoint serves the group only for want of a better one: a backup, or the primary for its reads."""
+    on_primary = group.target == "prefer-replica" and candidate.status.role is Role.PRIMARY
+    return candidate.settings.backup or on_primary
+
+
+def should_move(group: GroupSettings, candidates: Sequence[Candidate], current: int) -> bool:
+    """Whether a connection to endpoint `current` was second choice, and a first choice has room again."""
+    if not any(c.settings.index == current and is_second_choice(group, c) for c in candidates):
+        return False
+    first = [c for c in candidates if not is_second_choice(group, c) and refusal(group, c, is_stale=False) is None]
+    return any(c.status.health is Health.UP and c.in_use < c.settings.max_connections for c in first)
+
+
 def choose(
     group: GroupSettings,
     candidates: Sequence[Candidate],
     *,
     is_stale: bool,
     turn: int = 0,
-    rng: random.Random | None = None,
+    draw: Callable[[], float] = chance,
 ) -> Route:
     """Order the eligible endpoints by the group's target and policy.
 
     Args:
         is_stale: the coordinator's heartbeat is too old to believe health and roles.
         turn: a number that grows with each call, for round-robin.
-        rng: for the weighted policy.
+        draw: a number in [0, 1), for the weighted policy.
     """
     refusals: dict[str, str] = {}
     eligible: list[Candidate] = []
@@ -96,12 +107,11 @@ def choose(
             refusals[candidate.settings.name] = reason
     shift = turn % len(eligible) if eligible else 0
     rotated = eligible[shift:] + eligible[:shift]
-    chance = rng or random
 
     def share(candidate: Candidate) -> float:
         weight = max(candidate.status.weight, 0.01)
         if group.policy == "weighted":
-            return -float(chance.random() ** (1 / weight))
+            return -float(draw() ** (1 / weight))
         if group.policy == "round-robin":
             return 0.0
         return (candidate.in_use + 1) / weight

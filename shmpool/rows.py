@@ -26,9 +26,8 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from shmpool.clock import monotonic
 from shmpool.errors import (
@@ -49,8 +48,7 @@ _FLOCK: Final = struct.Struct("hhqqi4x")  # l_type, l_whence, l_start, l_len, l_
 _open_files: dict[Path, tuple[int, int, int]] = {}  # path -> descriptor, inode, pid that opened it
 
 
-@dataclass(frozen=True, slots=True)
-class Process:
+class Process(NamedTuple):
     """What names a process: pid and start time, meaningful within one pid namespace."""
 
     pid: int
@@ -218,8 +216,7 @@ class Locks:
                 _record(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, _row_byte(row) + 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """A worker row that this process owns, and what its slot words said when it was taken."""
 
     number: int

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import secrets
 import stat
 import time
 import zlib
@@ -185,7 +184,7 @@ def create(names: Names, shape: Layout, *, mode: int = 0o600, gid: int = -1) -> 
         "slots_per_worker": shape.slots_per_worker,
         "endpoints": shape.endpoints,
         "groups": shape.groups,
-        "token": secrets.randbits(64) or 1,
+        "token": int.from_bytes(os.urandom(8), "little") or 1,
         "segment_inode": inode,
         "created_wall": int(time.time()),
         "magic": layout.MAGIC,

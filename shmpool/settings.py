@@ -10,20 +10,13 @@ read what an older coordinator wrote; keys that this version does not know are i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 Target = Literal["primary", "replica", "prefer-replica", "any"]
 Policy = Literal["least-connections", "round-robin", "weighted"]
 
 
-def _known(cls: type[Any], raw: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(cls)}
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items() if key in names}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Credentials:
+class Credentials(NamedTuple):
     """Where a password is read at each connect; never the password itself."""
 
     password_file: str
@@ -31,11 +24,10 @@ class Credentials:
     password_env: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EndpointSettings:
+class EndpointSettings(NamedTuple):
     """One PostgreSQL server address.  `index` is its row in the segment."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a field, not tuple.index
     name: str
     conninfo: str
     max_connections: int
@@ -46,11 +38,10 @@ class EndpointSettings:
     credentials: Credentials
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupSettings:
+class GroupSettings(NamedTuple):
     """One named budget.  `index` is its row in the segment; `endpoints` names those that qualify (empty: all)."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a field, not tuple.index
     name: str
     connections: int
     target: Target
@@ -80,8 +71,7 @@ class GroupSettings:
     application_name: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolSettings:
+class PoolSettings(NamedTuple):
     """Everything a worker needs to know about a pool."""
 
     name: str
@@ -93,7 +83,8 @@ class PoolSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain dictionaries and lists, ready for msgpack."""
-        return asdict(self)
+        endpoints = [e._asdict() | {"credentials": e.credentials._asdict()} for e in self.endpoints]
+        return self._asdict() | {"endpoints": endpoints, "groups": [g._asdict() for g in self.groups]}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
@@ -104,12 +95,14 @@ class PoolSettings:
         """
         endpoints = tuple(
             EndpointSettings(
-                **{
-                    **_known(EndpointSettings, e),
-                    "credentials": Credentials(**_known(Credentials, e["credentials"])),
-                }
+                **_known(EndpointSettings, e) | {"credentials": Credentials(**_known(Credentials, e["credentials"]))}
             )
             for e in raw["endpoints"]
         )
         groups = tuple(GroupSettings(**_known(GroupSettings, g)) for g in raw["groups"])
-        return cls(**{**_known(cls, raw), "endpoints": endpoints, "groups": groups})
+        return cls(**_known(cls, raw) | {"endpoints": endpoints, "groups": groups})
+
+
+def _known(cls: type[Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    names: tuple[str, ...] = cls._fields
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items() if key in names}

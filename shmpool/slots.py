@@ -22,6 +22,7 @@ Keeps INV-1, INV-3, INV-4, INV-5.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import deque
@@ -205,16 +206,14 @@ class SlotTable:
     def add_row(self, row: Row) -> None:
         """Take a row's slots in: FREE ones become tokens, orphans are away until the coordinator freed them."""
         page_at = len(self.rows)
+        free = [self._new_token(number, page_at) for number in reversed(row.free)]
+        away = [self._new_token(number, page_at) for number in row.away]
         self.rows.append(row)
         self.page[page_at] = row.generation
-        for number in reversed(row.free):
-            token = self._new_token(number, page_at)
-            self._tethers[number] = token.tether
+        self._tethers.update((token.number, token.tether) for token in (*free, *away))
+        for token in free:
             self.put_back(token)
-        for number in row.away:
-            token = self._new_token(number, page_at)
-            self._tethers[number] = token.tether
-            self.away.append(token)
+        self.away.extend(away)
 
     def forget(self) -> None:
         """Turn every token into a mere object: nothing is stored or given back through this table any more."""
@@ -259,27 +258,38 @@ class SlotTable:
         Raises:
             TableFullError: none is free; the caller may add a row.
         """
-        self.tidy_away()
-        for key in (group.index, _FRESH, *tuple(self._free)):
+        if self.away:
+            self.tidy_away()
+        try:
+            token = self._free[group.index].pop()
+        except (KeyError, IndexError):
+            return self._take_uncounted(group)
+        token.tether.group = group
+        return token
+
+    def _take_uncounted(self, group: GroupPermits) -> Token:
+        """Take a token that counts for no group yet, or else for another one."""
+        for free in (self._free[_FRESH], *tuple(self._free.values())):
             try:
-                token = self._free[key].pop()
-            except (KeyError, IndexError):
+                token = free.pop()
+            except IndexError:
                 continue
             token.tether.group = group
-            if key != group.index:
-                self._count_for(token, group.index)
+            self._count_for(token, group.index)
             return token
         raise TableFullError("no slot of this process is free")
 
     def put_back(self, token: Token) -> None:
         """Give a token back whose word is FREE."""
-        self.words[token.use_at] = 0
-        self._let_go(token)
-        key = self.words[token.detail_at + COUNTED_GROUP] - 1
-        free = self._free.get(key)
-        if free is None:
-            free = self._free.setdefault(key, deque())
-        free.append(token)
+        words = self.words
+        words[token.use_at] = 0
+        tether = token.tether
+        tether.group = tether.endpoint = tether.resource = None
+        key = words[token.detail_at + COUNTED_GROUP] - 1
+        try:
+            self._free[key].append(token)
+        except KeyError:
+            self._free.setdefault(key, deque()).append(token)
 
     def _count_for(self, token: Token, group: int) -> None:
         """Begin the slot's counters anew for another group."""
@@ -302,7 +312,8 @@ class SlotTable:
         at = token.word_at
         if not self.owns(token):
             raise DisownedError(f"slot {token.number} is not this process's any more")
-        if self._is_owed(group):
+        control = words[group.control_at]
+        if (control ^ control >> 16) & 0xFFFF and self._is_owed(group):
             return Outcome.GROUP_BUSY
         seq = (words[at] + SEQ_ONE) & SEQ_MASK
         maybe = seq | group.maybe
@@ -354,7 +365,8 @@ class SlotTable:
         at = token.word_at
         detail = token.detail_at
         for endpoint in endpoints:
-            if self._is_owed(endpoint):
+            control = words[endpoint.control_at]
+            if (control ^ control >> 16) & 0xFFFF and self._is_owed(endpoint):  # target and issued differ
                 continue
             maybe = seq | group.yes | endpoint.maybe
             seq = (seq + SEQ_ONE) & SEQ_MASK
@@ -429,10 +441,10 @@ class SlotTable:
             if word & FIELDS_MASK and not word & ORPHAN:
                 words[at] = word | ORPHAN
             raise
-        self.put_back(token)
         for bell in endpoint.bells:
             ring(bell)
         ring(group.bell)
+        self.put_back(token)  # last: a process whose tokens are all at home may leave the pool and close the bells
 
     def abandon(self, token: Token) -> None:
         """Leave what the slot holds to the coordinator.  In a child, or on a lost row: nothing.
@@ -445,12 +457,9 @@ class SlotTable:
         if word & FIELDS_MASK and not word & ORPHAN:
             self.words[token.word_at] = word | ORPHAN
         self.words[token.use_at] = 0
-        self._let_go(token)
-        self.away.append(token)
-
-    def _let_go(self, token: Token) -> None:
         tether = token.tether
         tether.group = tether.endpoint = tether.resource = None
+        self.away.append(token)
 
     def tidy_away(self) -> None:
         """Bring back the tokens whose orphaned slots the coordinator has freed."""
@@ -480,10 +489,13 @@ class SlotTable:
             return to_close
         if self.dropped:
             with self._tidying:
-                self.dropped.clear()
+                hints = self.dropped.copy()
                 for number, tether in list(self._tethers.items()):
                     if tether() is None:
                         self._revive(number, tether, to_close)
+                for hint in hints:  # only now: an exception in here must leave a reason to look again
+                    with contextlib.suppress(ValueError):
+                        self.dropped.remove(hint)
         self.tidy_away()
         return to_close
 
@@ -542,10 +554,10 @@ class SlotTable:
                 if not waits_for_endpoint:
                     outcome = self.claim(token, group, route())
                     slices = 0
-                elif slices < ENDPOINT_SLICES:
-                    outcome = self.claim_endpoint(token, route())
-                    slices += 1
-                else:
+                    continue
+                outcome = self.claim_endpoint(token, route())  # also before giving up: a ring may have been taken
+                slices += 1
+                if outcome is Outcome.ENDPOINTS_BUSY and slices > ENDPOINT_SLICES:
                     self.give_up(token)
                     outcome = Outcome.GROUP_BUSY
             if outcome is Outcome.ENDPOINTS_BUSY:
