@@ -34,6 +34,7 @@ from shmpool.settings import EndpointSettings, GroupSettings, PoolSettings
 from shmpool.slots import EndpointPermits, GroupPermits, SlotTable, Token
 from shmpool.states import SegmentState
 
+_EVIDENCE_CHARS: Final = 200
 _ROWS_MAX: Final = 16  # rows that one process may take, if one is not enough for its threads
 
 BACKGROUND_STOP_S: Final = 2.0
@@ -118,7 +119,7 @@ class Attachment:
             return False
         generation, settings = self.segment.read_settings()
         endpoints = {e.index: self._endpoint(e, settings) for e in settings.endpoints}
-        groups = {g.name: (g, self._group(g)) for g in settings.groups}
+        groups = {g.name: (g, self._group(g)) for g in settings.groups if g.connections}  # 0: being removed
         self.settings, self.endpoints, self.groups = settings, endpoints, groups
         self.config_generation = generation
         return True
@@ -209,10 +210,10 @@ class Attachment:
         if self._background is not None:
             self._background.say("waiting", group=group)
 
-    def say_evidence(self, endpoint: int, sqlstate: str) -> None:
+    def say_evidence(self, endpoint: int, error: str) -> None:
         """Tell the coordinator that an endpoint did not serve."""
         if self._background is not None:
-            self._background.say("evidence", endpoint=endpoint, sqlstate=sqlstate)
+            self._background.say("evidence", endpoint=endpoint, error=error[:_EVIDENCE_CHARS])
 
     def rest(self) -> int:
         """Give idle connections back; return how many there were."""

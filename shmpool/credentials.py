@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
 from psycopg2 import OperationalError
 
 from shmpool.settings import EndpointSettings
+
+COMMAND_TIMEOUT_S: Final = 10.0
 
 
 def read_secrets(endpoint: EndpointSettings) -> dict[str, str]:
@@ -35,4 +38,26 @@ def read_secrets(endpoint: EndpointSettings) -> dict[str, str]:
             raise OperationalError(
                 f"endpoint {endpoint.name!r}: environment variable {credentials.password_env} (password_env) is not set"
             ) from None
+    if credentials.password_command:
+        return {"password": _command_output(endpoint.name, credentials.password_command)}
     return {}
+
+
+def _command_output(endpoint: str, command: tuple[str, ...]) -> str:
+    import subprocess  # cold, and most pools never need it
+
+    try:
+        done = subprocess.run(
+            command, check=True, timeout=COMMAND_TIMEOUT_S, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        told = "is not there"
+    except OSError as error:
+        told = f"cannot be run ({error.strerror})"
+    except subprocess.TimeoutExpired:
+        told = f"gave no password within {COMMAND_TIMEOUT_S:g} s"
+    except subprocess.CalledProcessError as error:
+        told = f"ended with exit code {error.returncode}"
+    else:
+        return done.stdout.rstrip("\r\n")
+    raise OperationalError(f"endpoint {endpoint!r}: password_command {command[0]} {told}")

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from shmpool.chance import chance
 from shmpool.settings import EndpointSettings, GroupSettings, Target
-from shmpool.states import Admin, Health, Role
+from shmpool.states import Admin, Health, Role, Verdict
 from shmpool.words import Status
 
 _WANTED: Final[dict[Target, frozenset[Role]]] = {
@@ -53,6 +53,8 @@ def refusal(group: GroupSettings, candidate: Candidate, is_stale: bool) -> str |
         return "not in the segment yet"
     if status.admin is not Admin.READY:
         return f"{status.admin.name.lower()} by its administrators"
+    if status.verdict is Verdict.ROLE_CONFLICT:
+        return "claims to be the primary, but a newer one exists"
     if is_stale:
         return None
     if status.health is Health.DOWN:
@@ -70,8 +72,11 @@ def refusal(group: GroupSettings, candidate: Candidate, is_stale: bool) -> str |
 
 def is_second_choice(group: GroupSettings, candidate: Candidate) -> bool:
     """Whether an endpoint serves the group only for want of a better one: a backup, or the primary for its reads."""
-    on_primary = group.target == "prefer-replica" and candidate.status.role is Role.PRIMARY
-    return candidate.settings.backup or on_primary
+    return candidate.settings.backup or _falls_back(group, candidate)
+
+
+def _falls_back(group: GroupSettings, candidate: Candidate) -> bool:
+    return group.target == "prefer-replica" and candidate.status.role is Role.PRIMARY
 
 
 def should_move(group: GroupSettings, candidates: Sequence[Candidate], current: int) -> bool:
@@ -117,7 +122,6 @@ def choose(
         return (candidate.in_use + 1) / weight
 
     def rank(candidate: Candidate) -> tuple[bool, bool, float]:
-        on_primary = group.target == "prefer-replica" and candidate.status.role is Role.PRIMARY
-        return candidate.settings.backup, on_primary, share(candidate)
+        return candidate.settings.backup, _falls_back(group, candidate), share(candidate)
 
     return Route(tuple(c.settings.index for c in sorted(rotated, key=rank)), refusals)

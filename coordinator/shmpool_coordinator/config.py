@@ -281,6 +281,17 @@ class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
+# Group settings that are read, checked and published, and that workers of this version do not act on.
+NOT_IN_EFFECT: Final = (
+    "fallback_connections",
+    "leak_after",
+    "max_waiting",
+    "per_worker_min",
+    "query_timeout",
+    "reset",
+)
+
+
 class Limits(Table):
     """Sizes of the segment's tables: masks have 64 bits, indices 8."""
 
@@ -474,6 +485,9 @@ class Config(Table):
             )
         if group.fallback_connections and group.target != "prefer-replica":
             yield (f"{path}.fallback_connections: has no effect with target {group.target}, only with prefer-replica")
+        for name in NOT_IN_EFFECT:
+            if getattr(group, name) != type(group).model_fields[name].default:
+                yield f"{path}.{name}: is accepted, but this version does nothing with it yet"
 
     def describe(self) -> str:
         """Return the effective values for a person, without secrets."""

@@ -434,7 +434,8 @@ def test_warnings() -> None:
         "probe.fastinter",
         "groups.big.connections",
         "groups.big.target",
-        "groups.big.fallback_connections",
+        "groups.big.fallback_connections",  # not with this target
+        "groups.big.fallback_connections",  # and not in effect yet
         "limits.slots_per_worker",
     ]
 
