@@ -29,6 +29,8 @@ from shmpool.words import (
 
 PATIENCE_S: Final = 1.0  # a worker that did not react for so long is passed over
 
+TENURE_S: Final = 0.1  # a busy connection stays so long, about twenty times what opening it cost
+
 _SINCE: Final = SLOTS.column("since")
 _OPENED_AT: Final = SLOTS.column("opened_at")
 
@@ -81,22 +83,22 @@ def choose(
 ) -> list[Held]:
     """Return the connections to recall: at most one for each waiter that no free permit or recall serves yet.
 
-    Idle ones first, longest idle first; then busy ones, longest with their worker first; old server generations
-    before new ones in both.  No worker is brought below its group's minimum.
+    Idle ones first, longest idle first; then busy ones past their tenure, longest with their worker first; old server
+    generations before new ones in both.  No worker is brought below its group's minimum.
 
     Args:
         outstanding: what was asked for, by slot.
         group_values, endpoint_values: permits that a worker may take.
         usable: by group, the endpoints that it can use.
         least: by group, how many connections each worker keeps.
-        now: of the clock that `outstanding` counts in.
+        now: of the monotonic clock.
     """
     kept = Counter((h.row, h.group) for h in held)
     for h in held:
         if h.slot in outstanding:
             kept[h.row, h.group] -= 1
     ranked = sorted(
-        (h for h in held if h.slot not in outstanding),
+        (h for h in held if h.slot not in outstanding and (h.is_idle or now - h.opened_at >= TENURE_S)),
         key=lambda h: (not h.is_idle, h.server_generation, h.idle_since if h.is_idle else h.opened_at),
     )
     coming = [r for r in outstanding.values() if now - r.asked_at < PATIENCE_S]

@@ -288,7 +288,6 @@ NOT_IN_EFFECT: Final = (
     "max_waiting",
     "per_worker_min",
     "query_timeout",
-    "reset",
 )
 
 

@@ -13,11 +13,13 @@ from collections import deque
 from collections.abc import Collection
 from typing import Final
 
+from shmpool.clock import monotonic
 from shmpool.layout import SLOT_WORDS, WORKERS
 from shmpool.rows import Locks, Process, owner_of
 from shmpool.segment import Segment
 from shmpool.words import FIELDS_MASK, ORPHAN
 
+LOCKLESS_S: Final = 1.0  # a process that ends loses its locks before it is gone
 LOOKS_PER_TICK: Final = 64  # a thousand rows are all looked at within two seconds
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ class Reaper:
         self._slots = segment.words[start:end]
         self._copy = b""
         self._dirty: deque[int] = deque()
-        self._lockless: set[tuple[int, Process]] = set()
+        self._lockless: dict[tuple[int, Process], float] = {}  # since when; -1: was reported
 
     def close(self) -> None:
         """Let go of the words."""
@@ -65,8 +67,9 @@ class Reaper:
         """Take over a dirty row that nobody seems to hold."""
         owner = owner_of(self.segment, row)
         if owner.visibly_lives():
-            if (row, owner) not in self._lockless:
-                self._lockless.add((row, owner))
+            since = self._lockless.setdefault((row, owner), monotonic())
+            if 0 <= since <= monotonic() - LOCKLESS_S:
+                self._lockless[row, owner] = -1.0
                 log.error(
                     "worker row %d: pid %d lives but lost the row's lock (something closed its descriptor); "
                     "the row is not touched: restart that process",
@@ -82,6 +85,8 @@ class Reaper:
             orphans = self._orphan(row)
         finally:
             self._locks.unlock_row(row)
+        if not orphans:
+            return False  # its owner had just left in order
         log.warning("worker row %d: pid %d is gone, %d slots became orphans", row, owner.pid, orphans)
         return True
 
@@ -94,6 +99,8 @@ class Reaper:
             if word & FIELDS_MASK and not word & ORPHAN:
                 words[at] = word | ORPHAN
                 orphans += 1
+        if not orphans:
+            return 0
         words[shape.at(WORKERS, row, "generation")] += 1
         self.segment.set_header("reaped_rows", self.segment.header("reaped_rows") + 1)
         return orphans
