@@ -170,7 +170,8 @@ def create(names: Names, shape: Layout, *, mode: int = 0o600, gid: int = -1) -> 
         if error.errno is not None and os.strerror(error.errno) == "No space left on device":
             raise OSError(
                 error.errno,
-                f"segment needs {shape.size_bytes} bytes and the file system is full; enlarge /dev/shm or lower [limits]",
+                f"segment needs {shape.size_bytes} bytes and the file system is full; "
+                "enlarge /dev/shm or lower [limits]",
                 str(names.segment),
             ) from None
         raise
