@@ -1,0 +1,1 @@
+"""What application servers call when they start, fork and end; one module each."""

@@ -1,0 +1,247 @@
+"""Gunicorn with one import in its configuration: real masters, workers, servers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg2
+import pytest
+
+from shmpool.control_client import request
+from shmpool.rows import start_time
+from tests.support.gunicorn import Clients, GunicornServer, example_config, running_gunicorn
+from tests.support.waiting import wait_until
+from tools.pg_cluster import Cluster
+from tools.stage import EXAMPLE
+
+CAP = 3
+SESSIONS = """
+SELECT count(*) FROM pg_stat_activity
+WHERE application_name LIKE %s AND application_name NOT LIKE '%%:coordinator'
+"""
+
+
+@pytest.fixture(scope="module")
+def servers(cluster: Cluster) -> Iterator[Cluster]:
+    """A primary and a standby with the guest book's table."""
+    cluster.primary.execute((EXAMPLE / "schema.sql").read_text())
+    wait_until(lambda: cluster.standbys[0].execute("SELECT to_regclass('entries') IS NOT NULL") == [(True,)])
+    yield cluster
+    cluster.primary.execute("DROP TABLE entries")
+
+
+class Sampler:
+    """Counts the sessions of a pool's workers, at the servers, again and again; `most` is the highest count."""
+
+    def __init__(self, cluster: Cluster, pool: str) -> None:
+        self.most = 0
+        self.samples = 0
+        self._connections = [psycopg2.connect(server.conninfo()) for server in cluster.servers]
+        self._pattern = f"%shmpool:{pool}:%"
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Sampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+        for connection in self._connections:
+            connection.close()
+
+    def _run(self) -> None:
+        while not self._is_over.wait(0.003):
+            counted = 0
+            for connection in self._connections:
+                connection.autocommit = True
+                with connection.cursor() as cursor:
+                    cursor.execute(SESSIONS, (self._pattern,))
+                    counted += int((cursor.fetchone() or (0,))[0])
+            self.most = max(self.most, counted)
+            self.samples += 1
+
+
+def use_all_workers(server: GunicornServer) -> None:
+    """Send requests until every worker has a row."""
+
+    def has_all() -> bool:
+        server.request("/slow?ms=20")
+        return server.workers() <= set(server.rows())
+
+    with Clients(server, "/slow?ms=20", 6):
+        wait_until(has_all, within=10, what=lambda: f"{server.workers()} {server.rows()} {server.log}")
+
+
+@pytest.mark.parametrize("preload", [False, True], ids=["plain", "preload"])
+@pytest.mark.parametrize("worker_class", ["sync", "gthread"])
+def test_reads_reach_the_replica_and_writes_the_primary(
+    servers: Cluster, pool_name: str, tmp_path: Path, worker_class: str, preload: bool
+) -> None:
+    """One import serves both worker classes, with and without preloading."""
+    options = ["--workers", "2", "--worker-class", worker_class, *(["--preload"] if preload else [])]
+    if worker_class == "gthread":
+        options += ["--threads", "4"]
+    with running_gunicorn(tmp_path, pool_name, example_config(pool_name, servers), *options) as server:
+        written = server.request("/entries", form="name=Ann&said=<hello>")
+        assert (written[0], written[1]["role"]) == (201, "primary")
+        wait_until(lambda: {"name": "Ann", "said": "<hello>"} in server.request("/")[1]["entries"])
+        assert server.request("/")[1]["role"] == "replica"
+        use_all_workers(server)
+        assert len(set(server.rows().values())) == 1, "workers of one start have one server generation"
+        assert server.is_whole()
+        assert server.status().violations == ()
+    assert "Traceback" not in server.log
+
+
+def test_the_cap_of_a_group_holds_across_workers_and_threads(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
+    """Sixteen threads in two workers never have more sessions at the servers than the group's cap."""
+    config = example_config(pool_name, servers, read=CAP)
+    options = ("--workers", "2", "--worker-class", "gthread", "--threads", "8")
+    with running_gunicorn(tmp_path, pool_name, config, *options) as server:
+        with Sampler(servers, pool_name) as sampler, Clients(server, "/slow?ms=10", 16) as clients:
+            wait_until(lambda: clients.served > 300 and sampler.samples > 50, within=30)
+        assert clients.failures == []
+        assert sampler.most == CAP
+
+
+def test_a_killed_workers_permits_return_and_its_replacement_works(
+    servers: Cluster, pool_name: str, tmp_path: Path
+) -> None:
+    """SIGKILL costs no permit."""
+    with running_gunicorn(tmp_path, pool_name, example_config(pool_name, servers), "--workers", "2") as server:
+        use_all_workers(server)
+        victim = server.kill_worker()
+        wait_until(lambda: victim not in server.rows() and server.is_whole(), within=10, what=lambda: server.log)
+        wait_until(lambda: len(server.workers()) == 2, within=10)
+        use_all_workers(server)
+        assert server.status().violations == ()
+
+
+def test_reload_under_load_fails_no_request_and_keeps_the_cap(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
+    """HUP starts all new workers before the old ones end; together they stay within the cap."""
+    config = example_config(pool_name, servers, read=CAP)
+    with running_gunicorn(tmp_path, pool_name, config, "--workers", "2") as server:
+        use_all_workers(server)
+        before = set(server.rows().values())
+        with Sampler(servers, pool_name) as sampler, Clients(server, "/slow?ms=5", 4) as clients:
+            for _ in range(2):
+                server.reload()
+                seen = clients.served
+                wait_until(lambda seen=seen: clients.served > seen + 50, within=10)  # type: ignore[misc]
+        assert clients.failures == []
+        assert sampler.most <= CAP
+        use_all_workers(server)
+        after = {generation for pid, generation in server.rows().items() if pid in server.workers()}
+        assert min(after) > max(before), "the server generation grows with each reload"
+        wait_until(server.is_whole, within=10)
+
+
+def test_a_preloading_master_gives_back_what_it_opened(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
+    """An application that queries at import leaves nothing with the master, and the log says who did it."""
+    (tmp_path / "eager.py").write_text("from app import application, read_entries\nread_entries()\n")
+    config = tmp_path / "before.toml"
+    config.write_text(example_config(pool_name, servers))
+    # With --preload the application is imported before any hook runs: the coordinator must be there already.
+    hooks = (
+        f"from shmpool.launch import ensure_coordinator\nensure_coordinator({str(config)!r})\n"
+        "from shmpool.hooks.gunicorn import *\n"
+    )
+    options = ("--workers", "2", "--preload")
+    with running_gunicorn(
+        tmp_path, pool_name, config.read_text(), *options, hooks=hooks, app="eager:application"
+    ) as server:
+        use_all_workers(server)
+        assert server.pid not in server.rows()
+        assert "gave back 1 idle connections" in server.log
+        assert "in read_entries" in server.log, "the log says who attached it"
+        assert server.is_whole()
+
+
+def test_a_worker_that_ends_in_order_gives_back_everything(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
+    """With --max-requests workers come and go, and none of them needs the reaper."""
+    options = ("--workers", "2", "--max-requests", "20")
+    with running_gunicorn(tmp_path, pool_name, example_config(pool_name, servers), *options) as server:
+        first = server.workers()
+        with Clients(server, "/", 2) as clients:
+            wait_until(lambda: clients.served > 100 and not server.workers() & first, within=20)
+        assert clients.failures == []
+        wait_until(server.is_whole)
+        coordinator = server.status().coordinator
+        assert coordinator is not None
+        assert coordinator.reaped_rows == 0
+
+
+def test_usr2_hands_over_to_a_second_master(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
+    """Two masters share one coordinator; the old one's end removes nothing."""
+    with running_gunicorn(tmp_path, pool_name, example_config(pool_name, servers), "--workers", "2") as server:
+        use_all_workers(server)
+        before = max(server.rows().values())
+        coordinator = request(server.names, "info")["pid"]
+        old = server.upgrade()
+        with Clients(server, "/", 2) as clients:
+            os.kill(old, signal.SIGTERM)
+            wait_until(lambda: start_time(old) is None, within=20)
+            seen = clients.served
+            wait_until(lambda: clients.served > seen + 50, within=10)
+        assert clients.failures == []
+        assert request(server.names, "info")["pid"] == coordinator
+        use_all_workers(server)
+        assert all(generation > before for generation in server.rows().values())
+        assert server.is_whole()
+
+
+def test_hooks_chain_with_the_users_own(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
+    """A chain calls both functions, and Gunicorn accepts it."""
+    hooks = """
+from shmpool.hooks.gunicorn import *
+from shmpool.hooks.gunicorn import chain
+
+def note(server, worker):
+    server.log.info("my own hook in %d", worker.pid)
+
+post_fork = chain(post_fork, note)
+"""
+    config = example_config(pool_name, servers)
+    with running_gunicorn(tmp_path, pool_name, config, "--workers", "1", hooks=hooks) as server:
+        use_all_workers(server)
+        (worker,) = server.workers()
+        assert f"my own hook in {worker}" in server.log
+        assert server.rows()[worker] > 0
+
+
+def test_the_coordinator_lingers_and_ends_by_itself(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
+    """Gunicorn's end stops nothing; after the linger time nothing of the pool is left."""
+    config = example_config(pool_name, servers, linger="1s")
+    with running_gunicorn(tmp_path, pool_name, config, "--workers", "1") as server:
+        server.request("/")
+        pid = request(server.names, "info")["pid"]
+        server.stop()
+        assert start_time(pid) is not None
+        wait_until(lambda: start_time(pid) is None, within=10)
+        assert server.names.leftovers() == []
+
+
+def test_gunicorn_does_not_start_on_a_wrong_configuration(pool_name: str, tmp_path: Path) -> None:
+    """What is wrong with the file is in Gunicorn's log."""
+    with (
+        pytest.raises(AssertionError, match="max_connection"),
+        running_gunicorn(tmp_path, pool_name, f'name = "{pool_name}"\n[endpoints.pg1]\nmax_connection = 1\n'),
+    ):
+        pass
+
+
+def test_a_worker_starts_a_coordinator_that_ended_unused(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
+    """Gunicorn served nobody for longer than the linger time: the first request finds a coordinator all the same."""
+    config = example_config(pool_name, servers, linger="0.5s")
+    with running_gunicorn(tmp_path, pool_name, config, "--workers", "2") as server:
+        wait_until(lambda: server.names.leftovers() == [], within=10)
+        with Clients(server, "/slow?ms=20", 4) as clients:
+            wait_until(lambda: clients.served > 50, within=15)
+        assert clients.failures == []
+        assert len(server.rows()) > 0

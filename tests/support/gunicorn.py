@@ -1,0 +1,233 @@
+"""Gunicorn for tests: a real server that runs the example, on a configuration of its own."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shmpool.control_client import ControlError, request
+from shmpool.names import Names
+from shmpool.observation import observe
+from shmpool.rows import start_time
+from shmpool.status import Report, RowState
+from tests.support.waiting import wait_until
+from tools.pg_cluster import HOST, Cluster, children_of
+from tools.stage import EXAMPLE, fill_in, free_port, gunicorn_command
+
+START_S = 15.0
+END_S = 15.0
+FAST = """
+[probe]
+inter = "0.2s"
+fastinter = "0.1s"
+downinter = "0.2s"
+[coordinator]
+linger = "{linger}"
+"""
+HOOKS = "from shmpool.hooks.gunicorn import *\n"
+
+
+def example_config(pool: str, cluster: Cluster, *, read: int = 8, linger: str = "60s") -> str:
+    """Return the example's configuration for a pool on a cluster; `read`: connections of that group."""
+    conninfos = {"pg1": cluster.primary.conninfo(), "pg2": cluster.standbys[0].conninfo()}
+    text = fill_in(EXAMPLE / "shmpool.toml", pool, conninfos)
+    return text.replace("connections = 8", f"connections = {read}") + FAST.format(linger=linger)
+
+
+class GunicornServer:
+    """A running Gunicorn master with its workers; its hooks start the coordinator."""
+
+    def __init__(
+        self, directory: Path, pool: str, config: str, *, hooks: str, app: str, options: Sequence[str]
+    ) -> None:
+        self.names = Names.of(pool)
+        self._log = directory / "gunicorn.log"
+        toml, conf = directory / "shmpool.toml", directory / "gunicorn.conf.py"
+        toml.write_text(config)
+        conf.write_text(hooks)
+        environment = os.environ | {"SHMPOOL_NAME": pool, "SHMPOOL_CONFIG": str(toml)}
+        self.port = free_port()
+        with self._log.open("wb") as log:
+            arguments = ("--config", str(conf), "--pythonpath", str(directory), "--graceful-timeout", "10", *options)
+            self.process = subprocess.Popen(
+                gunicorn_command(self.port, *arguments, app=app),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=EXAMPLE,
+                env=environment,
+                start_new_session=True,
+            )
+        self.pid = self.process.pid  # of the master that serves; USR2 puts another in its place
+
+    @property
+    def log(self) -> str:
+        """What master and workers printed."""
+        return self._log.read_text()
+
+    def workers(self) -> set[int]:
+        """Return the pids of the master's workers, without another master."""
+        return {
+            pid
+            for pid in children_of(self.pid)
+            if start_time(pid) is not None and b"gunicorn" in _command(pid) and not self._is_master(pid)
+        }
+
+    def _is_master(self, pid: int) -> bool:
+        return bool(children_of(pid))
+
+    def request(self, path: str, form: str | None = None) -> tuple[int, dict[str, Any]]:
+        """Send one request (a form is posted) and return status and answer."""
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=20)
+        try:
+            connection.request("GET" if form is None else "POST", path, body=form)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def is_ready(self) -> bool:
+        """Whether it answers; fails if it ended."""
+        assert self.process.poll() is None, f"gunicorn ended: {self.log}"
+        try:
+            return self.request("/health")[0] == 200
+        except OSError:
+            return False
+
+    def status(self) -> Report:
+        """Return what `shmpool status` shows."""
+        return observe(self.names)
+
+    def rows(self) -> dict[int, int]:
+        """Return pid and server generation of the processes that have a worker row."""
+        return {w.pid: w.server_generation for w in self.status().workers if w.state is RowState.HELD}
+
+    def is_whole(self) -> bool:
+        """Whether free and held permits add up to the caps, and no orphan waits to be settled."""
+        report = self.status()
+        if any(worker.orphans for worker in report.workers):
+            return False
+        groups = all(g.free is not None and g.free + g.held == g.target for g in report.groups)
+        return groups and all(e.free is not None and e.free + e.held == e.target for e in report.endpoints)
+
+    def reload(self) -> None:
+        """SIGHUP; return when all workers are new ones."""
+        old = self.workers()
+        os.kill(self.pid, signal.SIGHUP)
+        wait_until(lambda: self.workers() and not self.workers() & old, within=20, what=lambda: self.log)
+
+    def kill_worker(self) -> int:
+        """SIGKILL a worker that has a row, and return its pid."""
+        victim = next(pid for pid in self.rows() if pid in self.workers())
+        os.kill(victim, signal.SIGKILL)
+        return victim
+
+    def upgrade(self) -> int:
+        """SIGUSR2; return the old master's pid once the new one has workers."""
+        old, workers = self.pid, self.workers()
+        os.kill(old, signal.SIGUSR2)
+        wait_until(
+            lambda: any(children_of(pid) for pid in children_of(old) if pid not in workers),
+            within=START_S,
+            what=lambda: self.log,
+        )
+        self.pid = next(pid for pid in children_of(old) if pid not in workers and children_of(pid))
+        return old
+
+    def stop(self) -> None:
+        """End every master and worker in order; kill what does not end."""
+        for pid in {self.pid, self.process.pid}:
+            if start_time(pid) is not None:
+                os.kill(pid, signal.SIGTERM)
+        try:
+            self.process.wait(END_S)
+            wait_until(lambda: not _is_group(self.process.pid), within=END_S)
+        finally:
+            if _is_group(self.process.pid):
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+
+class Clients:
+    """Threads that send one request after another; `failures` holds what went wrong."""
+
+    def __init__(self, server: GunicornServer, path: str, count: int) -> None:
+        self.served = 0
+        self.failures: list[str] = []
+        self._is_over = False
+        self._server, self._path = server, path
+        self._threads = [threading.Thread(target=self._run) for _ in range(count)]
+
+    def __enter__(self) -> Clients:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while not self._is_over:
+            try:
+                status, answer = self._server.request(self._path)
+            except (OSError, http.client.HTTPException) as error:
+                self.failures.append(repr(error))
+            else:
+                self.served += 1
+                if status != 200:
+                    self.failures.append(f"{status} {answer}")
+            time.sleep(0.002)  # a client, not a flood
+
+
+@contextmanager
+def running_gunicorn(
+    directory: Path, pool: str, config: str, *options: str, hooks: str = HOOKS, app: str = "app:application"
+) -> Iterator[GunicornServer]:
+    """Run Gunicorn and the coordinator that it starts; end both afterwards, nothing of the pool is left."""
+    server = GunicornServer(directory, pool, config, hooks=hooks, app=app, options=options)
+    try:
+        wait_until(server.is_ready, within=START_S, what=lambda: server.log)
+        yield server
+    finally:
+        try:
+            server.stop()
+        finally:
+            stop_coordinator(server.names)
+
+
+def stop_coordinator(names: Names) -> None:
+    """End a pool's coordinator if one runs, and remove what is left of the pool."""
+    try:
+        pid = int(request(names, "stop")["pid"])
+    except ControlError:
+        pass
+    else:
+        wait_until(lambda: start_time(pid) is None, within=END_S)
+    for path in names.leftovers():
+        path.unlink(missing_ok=True)
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _is_group(pid: int) -> bool:
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
