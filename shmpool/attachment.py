@@ -7,8 +7,8 @@ Assumptions: the lock file is opened by rows.py alone.
 
 If the process dies.  The kernel drops the row's lock, the coordinator reaps the row.
 Fork.  `_before_fork` runs in the parent of every fork: attachments that can, detach entirely (a pre-loading master
-    then holds nothing); `_after_fork_in_child` releases the views and closes the semaphores in the child, so that a copied
-    frame fails instead of doing harm.  Where no at-fork handlers run (uWSGI), the private page reads zero in the
+    then holds nothing); `_after_fork_in_child` releases the views and closes the semaphores in the child, so that a
+    copied frame fails instead of doing harm.  Where no at-fork handlers run (uWSGI), the private page reads zero in the
     child, and the process id in the registry's keys keeps the parent's attachments out of reach.
 """
 
@@ -40,6 +40,8 @@ _ROWS_MAX: Final = 16  # rows that one process may take, if one is not enough fo
 BACKGROUND_STOP_S: Final = 2.0
 
 _registry: dict[tuple[int, Names], Attachment] = {}
+_mapped: weakref.WeakSet[Attachment] = weakref.WeakSet()  # those that left the registry too: frames may still use them
+_paused: list[Attachment] = []  # their background threads stopped for a fork
 _locks: dict[int, threading.RLock] = {}
 _server_generation: int = 0
 
@@ -91,6 +93,7 @@ class Attachment:
         self.groups: dict[str, tuple[GroupSettings, GroupPermits]] = {}
         self._config_at = segment.layout.at(HEADER, 0, "config_generation")
         self._state_at = segment.layout.at(HEADER, 0, "state")
+        _mapped.add(self)
 
     def __repr__(self) -> str:
         return f"<Attachment {self.segment.names.stem} rows {[row.number for row in self.table.rows]}>"
@@ -191,11 +194,12 @@ class Attachment:
                 if self._background is None:
                     self._background = Background(self.names, self._hello, self._look)
 
-    def stop_background(self) -> None:
-        """End the background thread (before a fork, at exit)."""
+    def stop_background(self) -> bool:
+        """End the background thread (before a fork, at exit); return whether there was one."""
         background, self._background = self._background, None
         if background is not None:
             background.stop(BACKGROUND_STOP_S)
+        return background is not None
 
     def _hello(self) -> dict[str, int]:
         row = self.table.rows[0]
@@ -295,7 +299,8 @@ def attached() -> Sequence[Attachment]:
 def _before_fork() -> None:
     """Runs in the parent, before every fork."""
     for attachment in attached():
-        attachment.stop_background()
+        if attachment.stop_background():
+            _paused.append(attachment)
         count = attachment.rest()
         if count:
             import logging  # cold, and an application has it anyway
@@ -311,12 +316,22 @@ def _before_fork() -> None:
         attachment.leave()
 
 
+def _after_fork_in_parent() -> None:
+    """Runs in the parent, after every fork: what it still uses is looked after again."""
+    while _paused:
+        attachment = _paused.pop()
+        if attachment in attached():
+            attachment.start_background()
+
+
 def _after_fork_in_child() -> None:
     """Runs in the child, after every fork."""
-    for (_, _), attachment in list(_registry.items()):
+    for attachment in list(_mapped):
         attachment.forget_in_child()
+    _mapped.clear()
+    _paused.clear()
     _registry.clear()
     _locks.clear()
 
 
-os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -62,6 +62,7 @@ class Background:
         self._stopping = True
         with contextlib.suppress(OSError):
             os.write(self._wake_write, b"x")
+        os.close(self._wake_write)  # by whoever wrote: the number may be another file's right afterwards
         if self._thread is not threading.current_thread():
             self._thread.join(within)
         return not self._thread.is_alive()
@@ -87,7 +88,6 @@ class Background:
         finally:
             self._disconnect()
             os.close(self._wake_read)
-            os.close(self._wake_write)
 
     def _connect(self) -> None:
         try:

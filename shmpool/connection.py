@@ -20,6 +20,8 @@ from typing import Any, Final, NamedTuple
 import psycopg2
 from psycopg2 import InterfaceError, OperationalError
 from psycopg2.extensions import (
+    STATUS_PREPARED,
+    STATUS_READY,
     TRANSACTION_STATUS_ACTIVE,
     TRANSACTION_STATUS_IDLE,
     TRANSACTION_STATUS_UNKNOWN,
@@ -36,6 +38,11 @@ from shmpool.states import Role
 CLOSE_BOUND_S: Final = 0.5  # a server needs about a millisecond; past this the slot is left to the coordinator
 APPLICATION_NAME_BYTES: Final = 63  # what PostgreSQL keeps of it
 _PENDING_READS: Final = 4
+_PRUNE_AT: Final = 64  # cursors remembered before the dead ones are forgotten
+_RESETS: Final = {
+    "session": "reset all; close all; unlisten *; select pg_advisory_unlock_all()",
+    "discard": "discard all",
+}
 
 
 class Connection(connection):
@@ -44,11 +51,13 @@ class Connection(connection):
     marks: list[weakref.ref[cursor] | None]  # what a checkin must look after: cursors, and None for a session change
     opened_encoding: str
     opened_at: float  # CLOCK_MONOTONIC
+    is_cut: bool  # this side shut the socket down: the end of the stream says nothing about the server's end
 
     def __init__(self, dsn: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(dsn, *args, **kwargs)
         self.marks = []
         self.opened_at = monotonic()
+        self.is_cut = False
         self.opened_encoding = self.encoding
 
     def close(self) -> None:
@@ -70,22 +79,33 @@ class Connection(connection):
         self.marks.append(None)
         super().set_client_encoding(encoding)
 
+    def tpc_begin(self, xid: Any) -> None:
+        """As psycopg2's; left prepared, the connection is closed at checkin."""
+        self.marks.append(None)  # the server is idle after the prepare: its status would not tell
+        super().tpc_begin(xid)
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        """As psycopg2's; the cursor is closed at checkin."""
+        cur = super().cursor(*args, **kwargs)
+        marks = self.marks
+        if len(marks) >= _PRUNE_AT:
+            marks[:] = [mark for mark in marks if mark is None or mark() is not None]
+        marks.append(weakref.ref(cur))
+        return cur
+
 
 def _noted(name: str) -> property:
     """Return a property that is psycopg2's attribute `name` and notes that it was set."""
     base = connection.__dict__[name]
 
-    def get(self: Connection) -> Any:
-        return base.__get__(self, type(self))
-
     def put(self: Connection, value: Any) -> None:
         self.marks.append(None)
         base.__set__(self, value)
 
-    return property(get, put, doc=f"As psycopg2's `{name}`; undone at checkin.")
+    return property(base.__get__, put, doc=f"As psycopg2's `{name}`; undone at checkin.")
 
 
-for _name in ("autocommit", "isolation_level", "readonly", "deferrable", "cursor_factory"):
+for _name in ("autocommit", "isolation_level", "readonly", "deferrable", "cursor_factory", "notices"):
     setattr(Connection, _name, _noted(_name))
 
 
@@ -167,7 +187,6 @@ def open_connection(recipe: Recipe, name: str, secrets: Mapping[str, str]) -> Co
 
     Raises:
         ConnectFailedError: libpq could not connect.
-        Exception: whatever `on_connect` raised; the connection is closed.
     """
     try:
         conn = psycopg2.connect(
@@ -182,18 +201,22 @@ def open_connection(recipe: Recipe, name: str, secrets: Mapping[str, str]) -> Co
         over = "FATAL:" in told or "Connection refused" in told
         raise ConnectFailedError(f"endpoint {recipe.endpoint.name!r}: {told}", is_over=over) from None
     assert isinstance(conn, Connection)
-    try:
-        if recipe.autocommit:
-            conn.autocommit = True
-        if recipe.on_connect is not None:
-            recipe.on_connect(conn)
-            if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
-                conn.rollback()
-        conn.marks.clear()
-    except BaseException:
-        close_connection(conn)
-        raise
     return conn
+
+
+def prepare(conn: Connection, recipe: Recipe) -> None:
+    """Bring a new connection into the group's state; what `on_connect` left open is rolled back.
+
+    Raises:
+        Exception: whatever `on_connect` raised; the caller closes the connection.
+    """
+    if recipe.autocommit:
+        conn.autocommit = True
+    if recipe.on_connect is not None:
+        recipe.on_connect(conn)
+        if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
+            conn.rollback()
+    clear_marks(conn, recipe)
 
 
 def role_of(conn: connection) -> Role:
@@ -231,13 +254,18 @@ def is_alive(conn: connection) -> bool:
     return False
 
 
-def answers(conn: connection, seconds: float) -> bool:
+def answers(conn: Connection, seconds: float) -> bool:
     """Whether an idle connection answers a query within `seconds`: one real round trip.
 
     A server that does not answer is cut off by shutting its socket down, which also frees libpq.
     """
     twin = socket.socket(fileno=os.dup(conn.fileno()))
-    timer = threading.Timer(seconds, lambda: twin.shutdown(socket.SHUT_RDWR))
+
+    def cut() -> None:
+        conn.is_cut = True
+        twin.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
     timer.start()
     try:
         with cursor(conn) as cur:
@@ -247,9 +275,10 @@ def answers(conn: connection, seconds: float) -> bool:
     except (OperationalError, InterfaceError):
         return False
     else:
-        return not conn.closed
+        return not conn.closed and not conn.is_cut
     finally:
         timer.cancel()
+        timer.join()  # it must not meet a descriptor that was closed, or is another's by now
         twin.close()
 
 
@@ -272,30 +301,43 @@ def restore(conn: Connection, recipe: Recipe) -> bool:
     transaction status decides.  Unknown state, COPY, an asynchronous or unread result and two-phase
     transactions are beyond repair.
     """
-    if conn.closed:
+    if conn.closed or conn.status == STATUS_PREPARED or not close_cursors(conn):
         return False
-    close_cursors(conn)
     status = conn.get_transaction_status()
     if status in (TRANSACTION_STATUS_UNKNOWN, TRANSACTION_STATUS_ACTIVE) or conn.isexecuting():
         return False
     try:
-        if status != TRANSACTION_STATUS_IDLE:
+        if status != TRANSACTION_STATUS_IDLE or conn.status != STATUS_READY:
             _roll_back(conn)
         if None in conn.marks:
             _put_session_back(conn, recipe)
+        elif conn.notices:
+            del conn.notices[:]
+        if recipe.group.reset != "none":
+            _reset(conn, recipe)
     except psycopg2.Error:
         return False
-    conn.marks.clear()
+    clear_marks(conn, recipe)
     return conn.get_transaction_status() == TRANSACTION_STATUS_IDLE and not conn.closed
 
 
-def close_cursors(conn: Connection) -> None:
-    """Close what the holder left open, so that no stale cursor reaches the next one."""
+def clear_marks(conn: Connection, recipe: Recipe) -> None:
+    """Let the connection count as untouched; where a reset is wanted, every checkin has something to do."""
+    conn.marks.clear()
+    if recipe.group.reset != "none":
+        conn.marks.append(None)
+
+
+def close_cursors(conn: Connection) -> bool:
+    """Close what the holder left open, so that no stale cursor reaches the next one; False: one would not close."""
     for mark in conn.marks:
         cur = mark() if mark is not None else None
         if cur is not None and not cur.closed:
-            with contextlib.suppress(psycopg2.Error):  # a server-side cursor of a broken transaction: rolled back
+            with contextlib.suppress(psycopg2.Error):  # a server-side cursor that is gone at the server
                 cur.close()
+            if not cur.closed:
+                return False
+    return True
 
 
 def _roll_back(conn: Connection) -> None:
@@ -312,16 +354,27 @@ def _put_session_back(conn: Connection, recipe: Recipe) -> None:
     conn.cursor_factory = recipe.cursor_factory  # type: ignore[assignment]  # None is psycopg2's default
     if conn.encoding != conn.opened_encoding:
         conn.set_client_encoding(conn.opened_encoding)
-    del conn.notices[:]
+    conn.notices = []
 
 
-def close_connection(conn: connection) -> bool:
-    """Close, and wait until the server's end has gone; False: it had not within CLOSE_BOUND_S.
+def _reset(conn: Connection, recipe: Recipe) -> None:
+    """Remove what SQL left in the session; psycopg2 needs its ISO dates afterwards."""
+    conn.autocommit = True
+    with cursor(conn) as cur:
+        cur.execute(_RESETS[recipe.group.reset])
+        if not (conn.get_parameter_status("DateStyle") or "").startswith("ISO"):
+            cur.execute("set datestyle to iso")
+    conn.autocommit = recipe.autocommit
+
+
+def close_connection(conn: Connection) -> bool:
+    """Close, and wait until the server's end has gone; False: it had not within CLOSE_BOUND_S, or nobody can tell.
 
     Reads and discards from a duplicate of the descriptor until the end of the stream (over TLS a reset).
     """
-    if conn.closed:
-        return True  # psycopg2 saw the end of the stream
+    if conn.closed or conn.is_cut:
+        connection.close(conn)
+        return not conn.is_cut  # else psycopg2 saw the end of the stream
     try:
         twin = os.dup(conn.fileno())
     except (InterfaceError, OSError):

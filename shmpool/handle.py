@@ -11,7 +11,8 @@ Fork.  The handle's pool refuses it in a child.
 
 from __future__ import annotations
 
-import weakref
+import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -22,7 +23,30 @@ from shmpool.pool_errors import ConnectionGivenBackError
 if TYPE_CHECKING:
     from shmpool.local_group import Lease
 
-_PRUNE_AT: Final = 64  # cursors remembered before the dead ones are forgotten
+_METHODS: Final = (
+    "cancel",
+    "commit",
+    "rollback",
+    "reset",
+    "set_client_encoding",
+    "set_isolation_level",
+    "set_session",
+    "tpc_begin",
+    "tpc_commit",
+    "tpc_prepare",
+    "tpc_recover",
+    "tpc_rollback",
+    "xid",
+    "lobject",
+    "poll",
+    "fileno",
+    "isexecuting",
+    "get_backend_pid",
+    "get_dsn_parameters",
+    "get_native_connection",
+    "get_parameter_status",
+    "get_transaction_status",
+)
 
 
 class Handle:
@@ -42,6 +66,10 @@ class Handle:
         lease = self._lease
         if lease is None:
             raise ConnectionGivenBackError("this connection was given back to the pool; check out another one")
+        if not lease.page[0] and lease.group.attachment.pid != os.getpid():
+            raise ConnectionGivenBackError(
+                "this connection belongs to the process that checked it out, not to its child; check out another one"
+            )
         return lease
 
     def __getattr__(self, name: str) -> Any:
@@ -49,12 +77,10 @@ class Handle:
 
     def cursor(self, *args: Any, **kwargs: Any) -> cursor:
         """As psycopg2's `connection.cursor`; the cursor is closed when the connection is given back."""
-        lease = self._lease or self._live()
+        lease = self._lease
+        if lease is None or not lease.page[0]:
+            lease = self._live()
         cur: cursor = lease.connection.cursor(*args, **kwargs)
-        marks = lease.marks
-        if len(marks) >= _PRUNE_AT:
-            marks[:] = [mark for mark in marks if mark is None or mark() is not None]
-        marks.append(weakref.ref(cur))
         return cur
 
     def close(self) -> None:
@@ -82,6 +108,17 @@ class Handle:
             lease.connection.__exit__(kind, error, trace)
 
 
+def _method(name: str) -> Callable[..., Any]:
+    """Return a method that looks at the handle when it is called: one kept beyond checkin raises."""
+
+    def call(self: Handle, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._live().connection, name)(*args, **kwargs)
+
+    call.__name__ = name
+    call.__doc__ = f"As psycopg2's `{name}`."
+    return call
+
+
 def _forwarded(name: str) -> property:
     def get(self: Handle) -> Any:
         return getattr(self._live().connection, name)
@@ -94,3 +131,6 @@ def _forwarded(name: str) -> property:
 
 for _name in ("autocommit", "isolation_level", "readonly", "deferrable", "cursor_factory", "notices"):
     setattr(Handle, _name, _forwarded(_name))
+
+for _name in _METHODS:
+    setattr(Handle, _name, _method(_name))

@@ -37,6 +37,7 @@ from shmpool.connection import (
     close_connection,
     is_alive,
     open_connection,
+    prepare,
     role_of,
 )
 from shmpool.credentials import read_secrets
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 PING_TIMEOUT_S: Final = 5.0
 LIFETIME_JITTER: Final = 0.05
+POLITE_S: Final = 0.002  # about the cost of a connect
 REFUSED_PAUSE_S: Final = 0.05  # between rounds in which every eligible endpoint refused
 AVOID_S: Final = 1.0  # how long an endpoint that refused is tried last
 BYPASS_S: Final = 0.5  # a connection used within this window is handed out without a look at its socket
@@ -123,12 +125,17 @@ class Lease(Token):
 
 
 class Waiter:
-    """A thread in the queue; `lease` is what it was handed."""
+    """A thread in the queue; `handed` is what it was handed, at most one.
 
-    __slots__ = ("lease", "lock", "since")
+    Whoever hands something over looks at `is_gone` afterwards; whoever goes sets it before looking at `handed`: one
+    of the two takes it back.
+    """
+
+    __slots__ = ("handed", "is_gone", "lock", "since")
 
     def __init__(self) -> None:
-        self.lease: Lease | None = None
+        self.handed: deque[Lease] = deque()
+        self.is_gone = False
         self.since = monotonic()
         self.lock = threading.Lock()
         self.lock.acquire()
@@ -165,6 +172,7 @@ class LocalGroup:
         self.is_retired = False
         self._scout: Waiter | None = None
         self._turn = 0
+        self._polite_until = 0.0  # monotonic
         self._avoid: dict[int, float] = {}  # endpoint -> monotonic time until which it is tried last
 
     def __repr__(self) -> str:
@@ -172,8 +180,12 @@ class LocalGroup:
 
     # -- idle connections
 
-    def is_fit(self, lease: Lease) -> bool:
-        """Judge an idle connection with every check; give it back if it must not be handed out."""
+    def is_fit(self, lease: Lease, *, is_wanted: bool = True) -> bool:
+        """Judge an idle connection with every check; give it back if it must not be handed out.
+
+        Args:
+            is_wanted: somebody waits for it; else it is only looked at, without a round trip.
+        """
         if not lease.table.owns(lease):
             self.disown(lease)
             return False
@@ -186,7 +198,7 @@ class LocalGroup:
         lease.slept = asleep
         if now >= lease.expires:
             fit = False
-        elif idle >= self.settings.ping_after:
+        elif is_wanted and idle >= self.settings.ping_after:
             fit = answers(lease.connection, PING_TIMEOUT_S)
         else:
             fit = idle < BYPASS_S or is_alive(lease.connection)
@@ -230,7 +242,7 @@ class LocalGroup:
             wanted_back = lease.words[lease.recall_at] == lease.words[lease.word_at]
             if wanted_back or self.is_retired or now - lease.since >= self.settings.max_idle:
                 self.give_back(lease)
-            elif not self.is_fit(lease):
+            elif not self.is_fit(lease, is_wanted=False):
                 continue
             elif may_move and self._should_move(lease):
                 may_move = False
@@ -286,11 +298,13 @@ class LocalGroup:
         After a fork it is the parent's, and its socket must not be touched; else it is closed.
         """
         lease.tether.resource = None
-        if self.attachment.pid == os.getpid():
+        if lease.group.attachment.pid == os.getpid():
             close_connection(lease.connection)
 
     def numbers(self) -> dict[str, float]:
         """Return this process's connections and counters of the group."""
+        for lease in tuple(self.idle):
+            lease.words[lease.checkouts_at] = lease.checkouts
         return {
             "idle": len(self.idle),
             "held": self.table.out(self.permits),
@@ -308,30 +322,38 @@ class LocalGroup:
         while self.idle:
             waiter = self._next_to_serve()
             if waiter is None:
-                if self._scout is not None:
+                scout = self._scout
+                if scout is not None:
                     ring(self.permits.bell)  # it sleeps there; a stranger may take the ring: a slice bounds the delay
+                    scout.wake()  # or on its lock, while the worker holds all it may
                 return
             try:
-                waiter.lease = self.idle.pop()
+                waiter.handed.append(self.idle.pop())
             except IndexError:
                 self.waiters.appendleft(waiter)
                 return
             waiter.wake()
+            if waiter.is_gone:
+                with contextlib.suppress(IndexError):
+                    self.idle.append(waiter.handed.pop())
 
     def _next_to_serve(self) -> Waiter | None:
         """Take the first waiter out of the queue, the scout only if it wakes on its lock."""
-        try:
-            waiter = self.waiters.popleft()
-        except IndexError:
-            return None
-        if waiter is not self._scout:
+        waiter = self._pop_waiter()
+        if waiter is None or waiter is not self._scout:
             return waiter
-        try:
-            following = self.waiters.popleft()
-        except IndexError:
-            following = None
+        following = self._pop_waiter()
         self.waiters.appendleft(waiter)
         return following
+
+    def _pop_waiter(self) -> Waiter | None:
+        """Take the first waiter out of the queue; one that went while it was out of it is forgotten."""
+        with contextlib.suppress(IndexError):
+            while True:
+                waiter = self.waiters.popleft()
+                if not waiter.is_gone:
+                    return waiter
+        return None
 
     def acquire(self, deadline: float) -> Lease:
         """Return a connection that rests, is handed over, or is opened, whichever comes first.
@@ -364,8 +386,9 @@ class LocalGroup:
             self._leave_queue(waiter)
 
     def _take_handed(self, waiter: Waiter) -> Lease | None:
-        lease, waiter.lease = waiter.lease, None
-        if lease is None:
+        try:
+            lease = waiter.handed.pop()
+        except IndexError:
             return None
         if self.is_fit(lease):
             return lease
@@ -374,7 +397,8 @@ class LocalGroup:
 
     def _is_scout(self, waiter: Waiter) -> bool:
         """Whether this thread sleeps on the bell for all; two for a moment do no harm."""
-        if self._scout is None:
+        scout = self._scout
+        if scout is None or scout.is_gone:
             self._scout = waiter
         return self._scout is waiter
 
@@ -399,14 +423,14 @@ class LocalGroup:
                 youngest.wake()
 
     def _leave_queue(self, waiter: Waiter) -> None:
+        waiter.is_gone = True
         with contextlib.suppress(ValueError):
             self.waiters.remove(waiter)
         if self._scout is waiter:
             self._scout = None
             self._wake_youngest(waiter)
-        lease, waiter.lease = waiter.lease, None
-        if lease is not None:
-            self.put_idle(lease)
+        with contextlib.suppress(IndexError):
+            self.put_idle(waiter.handed.pop())
 
     def _wake_youngest(self, but: Waiter) -> None:
         with contextlib.suppress(IndexError):
@@ -417,8 +441,9 @@ class LocalGroup:
 
     def _claim_and_open(self, attempt: Attempt, deadline: float, scout: Waiter | None) -> Lease | None:
         """Claim permits, as scout sleeping on the group's bells, and open a connection; None: look again."""
-        if not self.attachment.is_current():
-            raise DisownedError("the attachment is not this process's any more")
+        if self.is_retired or not self.attachment.is_current():
+            raise DisownedError("this group was replaced, or the attachment is not this process's any more")
+        self._be_polite(deadline)
         route = self._route(attempt)
         token = self._take_token() if route.order else None
         if token is None:
@@ -437,12 +462,23 @@ class LocalGroup:
             self._wake_youngest(scout)
         return self._open(token, attempt, deadline)
 
+    def yield_to_others(self, lease: Lease) -> None:
+        """Give back a connection that another worker waits for, and let that one claim first."""
+        self.give_back(lease)
+        self._polite_until = monotonic() + POLITE_S
+
+    def _be_polite(self, deadline: float) -> None:
+        """After a connection was given up for others: one short sleep before the next claim; never on the bell."""
+        pause = min(self._polite_until, deadline) - monotonic()
+        if pause > 0:
+            time.sleep(pause)
+
     def _wait_on_bell(self, token: Lease, attempt: Attempt, deadline: float, scout: Waiter) -> bool:
         began = monotonic()
 
         def is_done() -> bool:
             relieved = len(self.waiters) > 1 and monotonic() - began >= SLICE_S
-            return bool(self.idle) or scout.lease is not None or relieved
+            return bool(self.idle or scout.handed) or relieved
 
         self.attachment.say_waiting(self.permits.index)
         return self.table.wait(
@@ -503,13 +539,21 @@ class LocalGroup:
             self._let_go_unopened(token, is_over=error.is_over)
             self._refused(endpoint.index, error, attempt, deadline)
             return None
-        except BaseException:
+        except psycopg2.OperationalError:  # no password to connect with: there was no attempt
             self._let_go_unopened(token, is_over=True)
+            raise
+        except BaseException:  # a signal handler raised: nobody knows how far it came
+            self._let_go_unopened(token, is_over=False)
             raise
         self._fill_in(token, conn, recipe)
         self._count(token, slots.OPENS, 1)
         self.table.times[token.detail_at + slots.OPEN_TOTAL] += monotonic() - began
-        role = role_of(conn)
+        try:
+            prepare(conn, recipe)
+            role = role_of(conn)
+        except BaseException:
+            self.give_back(token)
+            raise
         if not is_role_allowed(self.settings.target, role):
             self.give_back(token)
             wrong = WrongRoleError(

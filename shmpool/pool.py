@@ -19,18 +19,19 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from psycopg2.extensions import cursor
+from psycopg2.extensions import STATUS_READY, cursor
 
 from shmpool.attachment import Attachment, join
 from shmpool.clock import monotonic
 from shmpool.connection import Connection, are_spent, close_connection, make_recipe, restore
-from shmpool.errors import DisownedError, MechanismError
+from shmpool.errors import DisownedError, MechanismError, SegmentMissingError, SegmentRetiredError
 from shmpool.handle import Handle
 from shmpool.local_group import BYPASS_S, Lease, LocalGroup
 from shmpool.names import Names
@@ -73,6 +74,7 @@ class Pool:
         self._closed = False
         self._state: _State | None = None
         self._idle: dict[str, deque[Lease]] = {}
+        self._joining: dict[int, threading.RLock] = {}  # by process: one that forks may hold its own
         _pools.add(self)
 
     def __repr__(self) -> str:
@@ -121,7 +123,8 @@ class Pool:
             self._checkin_slowly(lease)
             return
         if lease.marks:  # the shared counter follows whenever the connection was really used
-            if not are_spent(lease.marks):
+            conn = lease.connection
+            if conn.status != STATUS_READY or conn.notices or not are_spent(lease.marks):
                 self._checkin_slowly(lease)
                 return
             words[lease.checkouts_at] = lease.checkouts
@@ -140,7 +143,7 @@ class Pool:
     def statistics(self) -> dict[str, dict[str, float]]:
         """Return this process's numbers for each group it has used: connections, waiting threads, counters."""
         state = self._state
-        if state is None or not state.attachment.table.rows:
+        if state is None or not state.attachment.page[0]:
             return {}
         return {name: local.numbers() for name, local in state.groups.items()}
 
@@ -165,15 +168,22 @@ class Pool:
         if self._closed:
             raise PoolClosed(f"pool {self.name!r} was closed; make a new shmpool.Pool")
         state = self._state
+        if state is not None and state.is_current():
+            return state
+        # Two states, or two copies of a group, would keep connections and waiting threads apart.
+        with self._joining.setdefault(os.getpid(), threading.RLock()):
+            return self._join()
+
+    def _join(self) -> _State:
+        """Make the state, or bring it up to date; one thread at a time."""
+        state = self._state
         if state is not None and state.attachment.is_current():
-            if state.attachment.config_generation != state.generation or state.attachment.refresh():
+            if not state.is_current():
+                state.attachment.refresh()
                 state.refresh(self)
                 self._idle = state.idle()
             return state
-        try:
-            attachment = join(Names.of(self.name, self._uid), Lease)
-        except MechanismError as error:
-            raise CoordinatorNotRunning(how_to_start(self.name, error)) from error
+        attachment = self._attach()
         fresh = _State(attachment)
         fresh.refresh(self)
         self._state, self._idle = fresh, fresh.idle()
@@ -183,6 +193,21 @@ class Pool:
             state.attachment.users.discard(self)
             state.retire()
         return fresh
+
+    def _attach(self) -> Attachment:
+        """Attach this process, after starting a coordinator if there is none and that is wanted (`autostart`)."""
+        names = Names.of(self.name, self._uid)
+        try:
+            try:
+                return join(names, Lease)
+            except (SegmentMissingError, SegmentRetiredError):
+                from shmpool.launch import start_on_demand  # here: few workers ever need it
+
+                if not start_on_demand(names):
+                    raise
+                return join(names, Lease)
+        except MechanismError as error:
+            raise CoordinatorNotRunning(how_to_start(self.name, error)) from error
 
     def _checkout_slowly(self, group: str, timeout: float | None, lease: Lease | None) -> Handle:
         """Everything that is not a warm checkout: join, look after an idle connection, claim and open, wait."""
@@ -213,12 +238,13 @@ class Pool:
     def _checkin_slowly(self, lease: Lease) -> None:
         if not lease.page[0]:
             return  # a child's copy: the parent's connection is not touched
-        wanted_back = lease.words[lease.recall_at] == lease.words[lease.word_at]
         lease.words[lease.checkouts_at] = lease.checkouts
-        if wanted_back or not restore(lease.connection, lease.recipe):
-            lease.group.give_back(lease)
-        else:
+        if lease.words[lease.recall_at] == lease.words[lease.word_at]:
+            lease.group.yield_to_others(lease)
+        elif restore(lease.connection, lease.recipe):
             lease.group.put_idle(lease)
+        else:
+            lease.group.give_back(lease)
 
     def rest(self) -> int:
         """Give idle connections back; return how many there were (before a fork)."""
@@ -245,6 +271,13 @@ class _State:
         self.attachment = attachment
         self.groups: dict[str, LocalGroup] = {}
         self.generation = 0
+
+    def is_current(self) -> bool:
+        """Whether this process may use it, with the configuration of now."""
+        attachment = self.attachment
+        if not attachment.is_current():  # asked first: a child's copy has no words to look at
+            return False
+        return attachment.config_generation == self.generation and not attachment.is_outdated()
 
     def refresh(self, pool: Pool) -> None:
         """Follow the configuration: a group that changed is replaced, one that went is retired."""
@@ -332,6 +365,9 @@ _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 @atexit.register
 def close_all() -> None:
-    """Close every pool of this process, as it ends in order; all else is the reaper's.  Inherited by children: no harm."""
+    """Close every pool of this process, which is about to end; what it still uses is the reaper's.
+
+    Registered by a parent it also runs in its children: no harm.
+    """
     for pool in list(_pools):
         pool.close()

@@ -5,8 +5,9 @@ kernel drops that lock when the process dies, in whatever pid namespace; a child
 
 Record locks vanish when *any* descriptor of the file is closed in the process, so this module opens the file once
 per process and never closes it while the process holds a lock.  They also do not exclude their own process: a row
-whose pid and start time are mine is neither dead nor free.  Taking a row is therefore guarded by a second byte, locked through
-the open file description (OFD), which excludes threads, sub-interpreters and second attachments of one process too.
+whose pid and start time are mine is neither dead nor free.  Taking a row is therefore guarded by a second byte, locked
+through the open file description (OFD), which excludes sub-interpreters too (each opens the file for itself), and by
+`_guards`, which excludes the threads and signal handlers of one interpreter, since they share a descriptor.
 
 Bytes of the lock file: 0 the coordinator; 1 its guard; then a row byte and a guard byte for each worker row.
 
@@ -46,6 +47,7 @@ COORDINATOR_BYTE: Final = 0
 _FLOCK: Final = struct.Struct("hhqqi4x")  # l_type, l_whence, l_start, l_len, l_pid on 64-bit Linux
 
 _open_files: dict[Path, tuple[int, int, int]] = {}  # path -> descriptor, inode, pid that opened it
+_guards: dict[tuple[int, int, int], object] = {}  # pid, descriptor, guard byte -> who holds it in this interpreter
 
 
 class Process(NamedTuple):
@@ -108,8 +110,10 @@ def _descriptor(names: Names, inode: int | None = None) -> int:
             current = os.stat(names.lock).st_ino
         except FileNotFoundError:
             current = None
-        if current == known[1] or inode == known[1]:
+        if inode == known[1] or (inode is None and current == known[1]):
             return known[0]
+        if current == known[1]:  # not to be opened again: closing it would drop our locks
+            raise _replaced(names, known[1], names.uid, inode)
     try:
         fd = os.open(names.lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -117,12 +121,16 @@ def _descriptor(names: Names, inode: int | None = None) -> int:
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode) or info.st_uid != names.uid or (inode is not None and info.st_ino != inode):
         os.close(fd)  # another file than any that holds our locks, else it had been returned above
-        raise SegmentMismatchError(
-            f"lock file {names.lock}: inode {info.st_ino} of uid {info.st_uid}, expected inode "
-            f"{inode} of uid {names.uid}; it was replaced: stop everything and start the coordinator again"
-        )
+        raise _replaced(names, info.st_ino, info.st_uid, inode)
     _remember(names.lock, fd)
     return fd
+
+
+def _replaced(names: Names, found: int, uid: int, expected: int | None) -> SegmentMismatchError:
+    return SegmentMismatchError(
+        f"lock file {names.lock}: inode {found} of uid {uid}, expected inode {expected} of uid {names.uid}; "
+        "it was replaced: stop everything and start the coordinator again"
+    )
 
 
 def _record(fd: int, command: int, kind: int, byte: int, length: int = 1) -> tuple[int, int, int, int, int]:
@@ -164,18 +172,23 @@ class Locks:
 
     def try_coordinator(self) -> bool:
         """Become the coordinator of the pool, unless one lives (in this process or another)."""
-        fd = self._fd
-        if not _try_lock(fd, fcntl.F_OFD_SETLK, COORDINATOR_BYTE + 1):
+        fd, mine = self._fd, object()
+        key = (os.getpid(), fd, COORDINATOR_BYTE + 1)
+        if _guards.setdefault(key, mine) is not mine:
             return False
-        if _try_lock(fd, fcntl.F_SETLK, COORDINATOR_BYTE):
-            return True  # both bytes stay locked while the coordinator lives
-        _record(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, COORDINATOR_BYTE + 1)
+        if _try_lock(fd, fcntl.F_OFD_SETLK, COORDINATOR_BYTE + 1):
+            if _try_lock(fd, fcntl.F_SETLK, COORDINATOR_BYTE):
+                return True  # both bytes stay locked while the coordinator lives
+            _record(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, COORDINATOR_BYTE + 1)
+        del _guards[key]
         return False
 
     def release_coordinator(self) -> None:
         """Stop being the coordinator."""
-        _record(self._fd, fcntl.F_SETLK, fcntl.F_UNLCK, COORDINATOR_BYTE)
-        _record(self._fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, COORDINATOR_BYTE + 1)
+        fd = self._fd
+        _record(fd, fcntl.F_SETLK, fcntl.F_UNLCK, COORDINATOR_BYTE)
+        _record(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, COORDINATOR_BYTE + 1)
+        _guards.pop((os.getpid(), fd, COORDINATOR_BYTE + 1), None)
 
     def coordinator_pid(self) -> int | None:
         """Return the pid that holds the coordinator's lock (0 where it cannot be seen), None if nobody does.
@@ -207,13 +220,14 @@ class Locks:
     @contextlib.contextmanager
     def guard(self, row: int) -> Iterator[bool]:
         """Hold a row's guard byte, without waiting; yields whether it was free."""
-        fd = self._fd
-        taken = _try_lock(fd, fcntl.F_OFD_SETLK, _row_byte(row) + 1)
+        fd, byte, mine = self._fd, _row_byte(row) + 1, object()
+        key = (os.getpid(), fd, byte)
         try:
-            yield taken
+            yield _guards.setdefault(key, mine) is mine and _try_lock(fd, fcntl.F_OFD_SETLK, byte)
         finally:
-            if taken:
-                _record(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, _row_byte(row) + 1)
+            if _guards.get(key) is mine:
+                _record(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
+                del _guards[key]
 
 
 class Row(NamedTuple):
@@ -259,16 +273,9 @@ def take_row(segment: Segment, locks: Locks, *, server_generation: int = 0) -> R
     """
     me = Process.current()
     for row in _candidates(segment):
-        owner = owner_of(segment, row)
-        if (owner.pid, owner.start) == (me.pid, me.start):
+        taken = _try_take(segment, locks, row, me, server_generation)
+        if taken is None:
             continue
-        with locks.guard(row) as guarded:
-            if not guarded or not locks.try_row(row):
-                continue
-            taken = _enter(segment, row, me, server_generation)
-            if taken is None:
-                locks.unlock_row(row)
-                continue
         if segment.state is not SegmentState.OPEN:
             leave_row(segment, locks, taken)
             raise SegmentRetiredError(f"segment {segment.names.segment} is {segment.state.name}")
@@ -279,12 +286,33 @@ def take_row(segment: Segment, locks: Locks, *, server_generation: int = 0) -> R
     )
 
 
+def _try_take(segment: Segment, locks: Locks, row: int, me: Process, server_generation: int) -> Row | None:
+    """Become a row's owner unless it has one; an exception in here leaves the row as free as it was."""
+    if _is_owner(segment, row, me):
+        return None
+    taken = None
+    with locks.guard(row) as guarded:
+        if not guarded or _is_owner(segment, row, me):
+            return None
+        try:
+            if locks.try_row(row):
+                taken = _enter(segment, row, me, server_generation)
+        finally:
+            if taken is None:
+                if _is_owner(segment, row, me):
+                    segment.words[segment.layout.at(WORKERS, row, "pid")] = 0
+                locks.unlock_row(row)
+    return taken
+
+
+def _is_owner(segment: Segment, row: int, me: Process) -> bool:
+    owner = owner_of(segment, row)
+    return (owner.pid, owner.start) == (me.pid, me.start)
+
+
 def _enter(segment: Segment, row: int, me: Process, server_generation: int) -> Row | None:
     """Write the owner into a locked row, unless one of its words is neither FREE nor an orphan's."""
     shape, words = segment.layout, segment.words
-    owner = owner_of(segment, row)
-    if (owner.pid, owner.start) == (me.pid, me.start):
-        return None
     free, away = [], []
     for number in range(row * shape.slots_per_worker, (row + 1) * shape.slots_per_worker):
         word = words[shape.at(SLOT_WORDS, number)]  # read once: a second read may see the coordinator's store

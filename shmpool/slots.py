@@ -208,9 +208,10 @@ class SlotTable:
         page_at = len(self.rows)
         free = [self._new_token(number, page_at) for number in reversed(row.free)]
         away = [self._new_token(number, page_at) for number in row.away]
+        tethers = {token.number: token.tether for token in (*free, *away)}
         self.rows.append(row)
         self.page[page_at] = row.generation
-        self._tethers.update((token.number, token.tether) for token in (*free, *away))
+        self._tethers.update(tethers)  # at once: from here on no slot is lost
         for token in free:
             self.put_back(token)
         self.away.extend(away)
