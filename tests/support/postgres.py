@@ -36,5 +36,5 @@ def primary() -> Iterator[Server]:
 def cluster() -> Iterator[Cluster]:
     """A running primary with one streaming standby."""
     require_postgres()
-    with Cluster(standbys=1) as servers:
+    with Cluster(standbys=1, settings={"max_prepared_transactions": "4"}) as servers:
         yield servers

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from shmpool.names import Names
 from shmpool.observation import observe
+from shmpool.pool import close_all
 from tools.bench import cold, footprint, serving, warm
 from tools.bench.rounds import ROUNDS
 from tools.pg_cluster import Cluster, Server
@@ -61,6 +62,7 @@ def _coordinator(primary: Server, standby: Server) -> Iterator[tuple[str, int]]:
                 time.sleep(0.1)
             yield name, process.pid
         finally:
+            close_all()  # a segment that somebody uses is left for the next coordinator
             process.terminate()
             process.wait(10)
 
