@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shmpool.pool_errors import PoolError as PoolError
     from shmpool.pool_errors import PoolTimeout as PoolTimeout
     from shmpool.pool_errors import UnknownGroup as UnknownGroup
+    from shmpool.pool_errors import WouldBlockEventLoop as WouldBlockEventLoop
 
 _HOMES: Final = {
     "Connection": "shmpool.connection",
@@ -31,6 +32,7 @@ _HOMES: Final = {
     "PoolError": "shmpool.pool_errors",
     "PoolTimeout": "shmpool.pool_errors",
     "UnknownGroup": "shmpool.pool_errors",
+    "WouldBlockEventLoop": "shmpool.pool_errors",
 }
 
 __version__ = "0.1.0"

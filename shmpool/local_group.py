@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
 import weakref
@@ -43,7 +44,7 @@ from shmpool.connection import (
 from shmpool.credentials import read_secrets
 from shmpool.endpoints import heartbeat_age, read_candidates, status_at
 from shmpool.errors import DisownedError, TableFullError
-from shmpool.pool_errors import NoEligibleEndpoint, PoolTimeout
+from shmpool.pool_errors import NoEligibleEndpoint, PoolTimeout, WouldBlockEventLoop
 from shmpool.reports import describe_group
 from shmpool.routing import Route, choose, is_role_allowed, should_move
 from shmpool.semaphores import SLICE_S, ring
@@ -275,8 +276,9 @@ class LocalGroup:
 
     def retire(self) -> None:
         """Take no part any more: idle connections go now, those in use at checkin."""
-        self.is_retired = True
-        self.waiters.append(Waiter())  # nobody; it leads every checkin to `serve`
+        if not self.is_retired:
+            self.is_retired = True
+            self.waiters.append(Waiter())  # nobody; it leads every checkin to `serve`
         self.rest()
 
     def give_back(self, lease: Lease) -> None:
@@ -291,6 +293,8 @@ class LocalGroup:
             table.release(lease)
         else:
             table.abandon(lease)
+        if lease.group.is_retired:
+            lease.group.attachment.leave_when_due()
 
     def disown(self, lease: Lease) -> None:
         """Forget a connection whose slot is not this process's any more.
@@ -367,10 +371,16 @@ class LocalGroup:
             lease = self._claim_and_open(attempt, deadline, scout=None)
             if lease is not None:
                 return lease
+        if deadline > monotonic():
+            refuse_in_event_loop(self.settings.name)
         waiter = Waiter()
         self.waiters.append(waiter)
         try:
             while True:
+                if self.table.dropped:
+                    tidy(self.table)
+                if self.is_retired:
+                    raise DisownedError("this group was replaced, or its pool was closed")
                 lease = self._take_handed(waiter) or self.pop_idle()
                 if lease is None and self._is_scout(waiter):
                     lease = self._scouted(waiter, attempt, deadline)
@@ -478,7 +488,8 @@ class LocalGroup:
 
         def is_done() -> bool:
             relieved = len(self.waiters) > 1 and monotonic() - began >= SLICE_S
-            return bool(self.idle or scout.handed) or relieved
+            is_over = self.is_retired or not self.attachment.is_current()
+            return bool(self.idle or scout.handed) or relieved or is_over
 
         self.attachment.say_waiting(self.permits.index)
         return self.table.wait(
@@ -627,6 +638,32 @@ class LocalGroup:
             token = self.table.take(self.permits)
             self.table.words[token.detail_at + slots.TIMEOUTS] += 1
             self.table.put_back(token)
+
+
+def tidy(table: slots.SlotTable) -> None:
+    """Close connections that were dropped without checkin, and give their permits back."""
+    for token in table.tidy():
+        resource = token.tether.resource
+        if isinstance(resource, Connection) and close_connection(resource):
+            table.release(token)
+        else:
+            table.abandon(token)
+
+
+def refuse_in_event_loop(group: str) -> None:
+    """Raise where waiting would stop every coroutine or greenlet of this thread, the one that holds a connection too.
+
+    Asked only by a call that is about to wait; what is not imported costs a look into `sys.modules`.
+
+    Raises:
+        WouldBlockEventLoop: an asyncio loop runs in this thread, or a gevent hub exists in it.
+    """
+    asyncio = sys.modules.get("asyncio.events")
+    if asyncio is not None and asyncio._get_running_loop() is not None:
+        raise WouldBlockEventLoop(group, "an asyncio event loop runs in this thread")
+    gevent = sys.modules.get("gevent._hub_local")
+    if gevent is not None and gevent.get_hub_if_exists() is not None:
+        raise WouldBlockEventLoop(group, "a gevent hub runs in this thread")
 
 
 class Attempt:

@@ -39,7 +39,22 @@ class PoolClosed(PoolError):  # noqa: N818
 
 
 class CoordinatorNotRunning(PoolError):  # noqa: N818
-    """There is no segment to attach to.  The message says how to start a coordinator."""
+    """There is no segment to attach to.  The message says how to start a coordinator.
+
+    `is_passing`: one is just being started or replaced; a checkout waits for it, as long as it may.
+    """
+
+    is_passing = False
+
+
+class WouldBlockEventLoop(PoolError):  # noqa: N818
+    """Waiting for a connection would stop an event loop; nothing was waited for."""
+
+    def __init__(self, group: str, why: str) -> None:
+        super().__init__(
+            f"group {group!r}: no connection is free, and waiting would block: {why}; check out in a worker thread, "
+            "or with timeout=0"
+        )
 
 
 class ConnectionGivenBackError(InterfaceError):

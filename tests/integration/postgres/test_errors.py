@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from pathlib import Path
@@ -18,6 +19,7 @@ from shmpool import (
     PoolError,
     PoolTimeout,
     UnknownGroup,
+    WouldBlockEventLoop,
 )
 from shmpool.connection import WrongRoleError
 from shmpool.local_group import LocalGroup
@@ -240,3 +242,17 @@ def test_missing_password_file(cluster: Cluster, pool_name: str, tmp_path: Path)
             with pytest.raises(psycopg2.OperationalError, match=r"password_file .*secret cannot be read"):
                 pool.checkout("work")
             assert pool.statistics()["work"]["held"] == 0
+
+
+def test_waiting_in_an_event_loop_is_refused_at_once(pool: Pool) -> None:
+    """A call that would block a running event loop raises; one that need not wait is served."""
+
+    async def use() -> None:
+        with pool.connection("one") as conn:
+            assert one_value(conn, "select 1") == 1
+            with pytest.raises(WouldBlockEventLoop, match="asyncio event loop"):
+                pool.checkout("one", timeout=5)
+            with pytest.raises(PoolTimeout):
+                pool.checkout("one", timeout=0)
+
+    asyncio.run(use())
