@@ -89,8 +89,9 @@ def refuse_if_unusable(is_old: bool) -> None:
     missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
     if missing:
         stop(
-            "{} {} lacks {}; install it (Debian, Ubuntu: apt install python3-venv or"
-            " python{}.{}-venv)".format(sys.executable, found, " and ".join(missing), *sys.version_info[:2])
+            "{} {} lacks {}; install it (Debian, Ubuntu: apt install python3-venv or python{}.{}-venv)".format(
+                sys.executable, found, " and ".join(missing), *sys.version_info[:2]
+            )
         )
 
 

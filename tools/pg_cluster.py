@@ -356,9 +356,7 @@ class Server:
             self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired as error:
             self.kill()
-            raise ServerError(
-                f"{self.name} did not stop ({mode}) in {STOP_TIMEOUT_S:.0f} s and was killed"
-            ) from error
+            raise ServerError(f"{self.name} did not stop ({mode}) in {STOP_TIMEOUT_S:.0f} s and was killed") from error
 
     def restart(self, mode: str = "fast") -> None:
         self.stop(mode)

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Final, Self
 
-from gunicorn.config import KNOWN_SETTINGS  # type: ignore[import-untyped]  # it ships no types
+from gunicorn.config import KNOWN_SETTINGS
 
 from shmpool import tables
 from shmpool.launch import serving_pid

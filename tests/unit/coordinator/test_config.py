@@ -88,9 +88,7 @@ def test_sample_shows_the_defaults() -> None:
     bare = parse(
         {
             "name": raw["name"],
-            "endpoints": {
-                "pg1": {key: raw["endpoints"]["pg1"][key] for key in ("conninfo", "max_connections")}
-            },
+            "endpoints": {"pg1": {key: raw["endpoints"]["pg1"][key] for key in ("conninfo", "max_connections")}},
             "groups": {
                 "read": {"connections": raw["groups"]["read"]["connections"]},
                 "write": raw["groups"]["write"],
@@ -231,9 +229,7 @@ def test_all_findings_at_once() -> None:
 
 def test_wrong_values_do_not_cause_further_findings() -> None:
     """A comparison with a value that is itself wrong is left out."""
-    assert only_finding(with_group(per_worker_min=9, per_worker_max="x")).startswith(
-        "groups.read.per_worker_max"
-    )
+    assert only_finding(with_group(per_worker_min=9, per_worker_max="x")).startswith("groups.read.per_worker_max")
     assert only_finding(raw_config(limits={"slots_per_worker": 4, "workers": 0})).startswith("limits.workers")
 
 
@@ -331,8 +327,7 @@ def test_several_hosts_show_the_tables_to_write() -> None:
     """A conninfo with several hosts is answered with one table for each, without secrets."""
     (finding,) = findings(with_endpoint(conninfo="host=a,b port=1,2 dbname=app"))
     assert finding.splitlines()[0] == (
-        "endpoints.pg1.conninfo: found 2 hosts, expected one;"
-        " write a table for each, with its own max_connections:"
+        "endpoints.pg1.conninfo: found 2 hosts, expected one; write a table for each, with its own max_connections:"
     )
     tables = tomllib.loads("\n".join(finding.splitlines()[1:]))["endpoints"]
     assert {name: parse_conninfo(table["conninfo"]) for name, table in tables.items()} == {
@@ -458,9 +453,7 @@ def test_description() -> None:
         assert f"{key}=" in text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0s"), (0.5, "500ms"), (90, "90s"), (300, "5m"), (7200, "2h")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (0.5, "500ms"), (90, "90s"), (300, "5m"), (7200, "2h")])
 def test_duration_text(seconds: float, text: str) -> None:
     """A duration is shown as one would write it."""
     assert duration_text(seconds) == text

@@ -176,9 +176,7 @@ def test_no_verdict_is_refused() -> None:
 
 verdicts = st.sampled_from(sorted(SIGN_OF_VERDICT))
 histories = st.lists(st.tuples(verdicts, st.booleans()), max_size=40)
-settings = st.builds(
-    Settings, rise=st.integers(min_value=1, max_value=4), fall=st.integers(min_value=1, max_value=4)
-)
+settings = st.builds(Settings, rise=st.integers(min_value=1, max_value=4), fall=st.integers(min_value=1, max_value=4))
 
 
 @given(histories, settings)
@@ -210,9 +208,7 @@ def test_rules_hold_for_every_history(history: list[tuple[Verdict, bool]], setti
 
 
 @given(histories, settings, st.floats(min_value=-0.1, max_value=0.1))
-def test_next_probe_is_always_ahead(
-    history: list[tuple[Verdict, bool]], settings: Settings, jitter: float
-) -> None:
+def test_next_probe_is_always_ahead(history: list[tuple[Verdict, bool]], settings: Settings, jitter: float) -> None:
     """However an endpoint fares, it is probed again within its longest interval."""
     state = EndpointHealth()
     longest = max(settings.inter, settings.fastinter, settings.downinter) * 1.1
