@@ -24,7 +24,7 @@ from typing import Final, Protocol
 
 from shmpool import semaphores
 from shmpool.background import Background
-from shmpool.errors import TableFullError
+from shmpool.errors import DisownedError, MechanismError, SegmentRetiredError, TableFullError
 from shmpool.layout import GROUPS, HEADER, PERMITS, SLOTS, WORKERS
 from shmpool.names import Names
 from shmpool.rows import Locks, Row, leave_row, take_row
@@ -53,12 +53,14 @@ def set_server_generation(generation: int) -> None:
 
 
 def _callers(limit: int = 8) -> str:
-    """Return who is calling, innermost last: a short trace for the log."""
+    """Return who is calling this package, innermost last: a short trace for the log."""
     lines: list[str] = []
-    frame = sys._getframe(2)
+    mine = os.path.join(os.path.dirname(__file__), "")
+    frame = sys._getframe(1)
     while frame is not None and len(lines) < limit:
         code = frame.f_code
-        lines.append(f"  {code.co_filename}:{frame.f_lineno} in {code.co_name}")
+        if not code.co_filename.startswith(mine):
+            lines.append(f"  {code.co_filename}:{frame.f_lineno} in {code.co_name}")
         frame = frame.f_back  # type: ignore[assignment]
     return "\n".join(reversed(lines))
 
@@ -71,6 +73,9 @@ class Resting(Protocol):
 
     def look_after_idle(self) -> None:
         """Give back those that are recalled, too old or dead."""
+
+    def start_coordinator(self) -> None:
+        """Start one, where that is wanted: none has answered for a while."""
 
 
 class Attachment:
@@ -111,6 +116,10 @@ class Attachment:
         words = self.segment.words
         generation_at = self.segment.layout.at(WORKERS, self.table.rows[0].number, "generation")
         return bool(words[generation_at] == page and words[self._state_at] == SegmentState.OPEN)
+
+    def is_retired(self) -> bool:
+        """Whether the segment takes nobody in any more: this process gives back what it holds, and leaves."""
+        return bool(self.page[0] and self.segment.words[self._state_at] == SegmentState.RETIRED)
 
     def is_outdated(self) -> bool:
         """Whether a newer configuration was published."""
@@ -163,6 +172,7 @@ class Attachment:
 
         Raises:
             TableFullError: neither a slot nor a row is free.
+            DisownedError: the process left the pool meanwhile.
         """
         try:
             return self.table.take(group)
@@ -170,6 +180,8 @@ class Attachment:
             with self._rows:
                 with contextlib.suppress(TableFullError):
                     return self.table.take(group)
+                if not self.page[0]:  # a fork in another thread made this process leave
+                    raise DisownedError("this process has just left the pool") from None
                 if len(self.table.rows) >= _ROWS_MAX:
                     raise
                 self.table.add_row(self._take_row())
@@ -192,13 +204,13 @@ class Attachment:
         if self._background is None:
             with self._rows:
                 if self._background is None:
-                    self._background = Background(self.names, self._hello, self._look)
+                    self._background = Background(self.names, self._hello, self._look, self._seek_coordinator)
 
-    def stop_background(self) -> bool:
+    def stop_background(self, within: float = BACKGROUND_STOP_S) -> bool:
         """End the background thread (before a fork, at exit); return whether there was one."""
         background, self._background = self._background, None
         if background is not None:
-            background.stop(BACKGROUND_STOP_S)
+            background.stop(within)
         return background is not None
 
     def _hello(self) -> dict[str, int]:
@@ -208,6 +220,11 @@ class Attachment:
     def _look(self) -> None:
         for user in list(self.users):
             user.look_after_idle()
+
+    def _seek_coordinator(self) -> None:
+        if self.settings.autostart and not is_coordinated(self.names):
+            for user in list(self.users)[:1]:
+                user.start_coordinator()
 
     def say_waiting(self, group: int) -> None:
         """Tell the coordinator that a thread sleeps on a group's bell."""
@@ -238,16 +255,37 @@ class Attachment:
         if not self.table.is_home():
             self.table.remember()
             return False
-        for row in self.table.rows:
-            leave_row(self.segment, self.locks, row)
-        _registry.pop((self.pid, self.names), None)
+        with contextlib.suppress(MechanismError):  # the lock file was removed: nobody looks at these locks any more
+            for row in self.table.rows:
+                leave_row(self.segment, self.locks, row)
+        self._unregister()
         self._close_semaphores()
         return True
 
-    def disown(self) -> None:
-        """Forget rows that are not this process's any more: nothing is stored or given back through them."""
-        self.table.forget()
-        _registry.pop((self.pid, self.names), None)
+    def leave_when_due(self) -> bool:
+        """Leave if nobody uses the attachment any more, or nobody should; called whenever something came back."""
+        if (self.users and self.is_current()) or not self.leave():
+            return False
+        self.stop_background(within=0.0)  # not to be waited for: it may be waiting for the caller
+        return True
+
+    def step_aside(self) -> None:
+        """Make room for the attachment that comes next.
+
+        Through a retired segment everything still goes home, and the rows with it (`leave_when_due`).  Rows that
+        are not this process's any more are forgotten: nothing is stored or given back through them.
+        """
+        if not self.is_retired() or not self._owns_rows():
+            self.table.forget()
+        self._unregister()
+
+    def _owns_rows(self) -> bool:
+        words, shape = self.segment.words, self.segment.layout
+        return all(words[shape.at(WORKERS, row.number, "generation")] == row.generation for row in self.table.rows)
+
+    def _unregister(self) -> None:
+        if _registry.get((self.pid, self.names)) is self:
+            del _registry[self.pid, self.names]
 
     def _close_semaphores(self) -> None:
         for semaphore in self._semaphores.values():
@@ -276,13 +314,21 @@ def join(names: Names, token_type: type[Token] = Token) -> Attachment:
         if known is not None:
             if known.is_current():
                 return known
-            known.disown()
+            known.step_aside()
         segment = attach(names)
         try:
+            if segment.state is SegmentState.RETIRED:
+                raise SegmentRetiredError(f"segment {names.segment} is retired; its successor is not open yet")
             locks = Locks(names, segment.header("lock_inode"))
             attachment = Attachment(segment, locks, token_type)
             attachment.refresh()
             attachment.table.add_row(attachment._take_row())
+        except MechanismError as error:
+            is_retired = segment.state is SegmentState.RETIRED  # its names may be gone, in the middle of all this
+            segment.release()
+            if is_retired and not isinstance(error, SegmentRetiredError):
+                raise SegmentRetiredError(f"segment {names.segment} was just retired") from error
+            raise
         except BaseException:
             segment.release()
             raise
@@ -290,10 +336,18 @@ def join(names: Names, token_type: type[Token] = Token) -> Attachment:
         return attachment
 
 
+def is_coordinated(names: Names) -> bool:
+    """Whether a coordinator, running or stopped, has the pool.  One in this very process is not seen."""
+    try:
+        return Locks(names).coordinator_pid() is not None
+    except MechanismError:
+        return False
+
+
 def attached() -> Sequence[Attachment]:
-    """Return this process's attachments."""
+    """Return this process's attachments, those to retired segments that it still holds something of included."""
     pid = os.getpid()
-    return [a for (owner, _), a in list(_registry.items()) if owner == pid]
+    return [a for a in list(_mapped) if a.pid == pid and a.page[0] and a.table.rows]
 
 
 def _before_fork() -> None:
@@ -303,17 +357,20 @@ def _before_fork() -> None:
             _paused.append(attachment)
         count = attachment.rest()
         if count:
-            import logging  # cold, and an application has it anyway
-
-            logging.getLogger("shmpool").warning(
-                "pool %s: attached in pid %d, which now forks; gave back %d idle connections first. "
-                "It was attached by:\n%s",
-                attachment.names.pool,
-                attachment.pid,
-                count,
-                attachment.opened_by,
+            _warn(
+                f"pool {attachment.names.pool}: attached in pid {attachment.pid}, which now forks; gave back {count} "
+                f"idle connections first. It was attached by:\n{attachment.opened_by}"
             )
         attachment.leave()
+
+
+def _warn(text: str) -> None:
+    """Log a warning without importing `logging`: in the middle of a fork that would add at-fork handlers of its own."""
+    logging = sys.modules.get("logging")
+    if logging is None:
+        print(text, file=sys.stderr)  # what `logging` does without a handler
+    else:
+        logging.getLogger("shmpool").warning("%s", text)
 
 
 def _after_fork_in_parent() -> None:

@@ -28,6 +28,7 @@ SWEEP_S: Final = 5.0  # between looks at idle connections when nothing is asked 
 CONNECT_TIMEOUT_S: Final = 1.0
 RETRY_MIN_S: Final = 0.2
 RETRY_MAX_S: Final = 5.0
+ALONE_S: Final = 5.0  # without a coordinator: whoever restarts it (a service manager) goes first
 
 
 class Background:
@@ -36,12 +37,21 @@ class Background:
     Args:
         hello: what to say on connecting: names the process and its row.
         look: called in the thread after a message from the coordinator, and every SWEEP_S.
+        alone: called in the thread, again and again, when no coordinator has answered for ALONE_S.
     """
 
-    def __init__(self, names: Names, hello: Callable[[], dict[str, Any]], look: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        names: Names,
+        hello: Callable[[], dict[str, Any]],
+        look: Callable[[], None],
+        alone: Callable[[], None] = lambda: None,
+    ) -> None:
         self._names = names
         self._hello = hello
         self._look = look
+        self._alone = alone
+        self._alone_since = monotonic()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._stopping = False
         self._socket: socket.socket | None = None
@@ -74,6 +84,8 @@ class Background:
                 if self._socket is None and monotonic() >= self._retry_at:
                     frames = Frames()
                     self._connect()
+                    if self._socket is None and monotonic() - self._alone_since >= ALONE_S:
+                        self._alone()
                 self._wait(frames)
                 if not self._stopping:
                     self._look()
@@ -99,6 +111,7 @@ class Background:
         else:
             self._retry_s = RETRY_MIN_S
             self._socket = connection
+            self._alone_since = float("inf")
 
     def _wait(self, frames: Frames) -> None:
         """Sleep until a message, `stop`, the next try to connect, or the next sweep."""
@@ -128,6 +141,7 @@ class Background:
 
     def _disconnect(self) -> None:
         connection, self._socket = self._socket, None
+        self._alone_since = monotonic()
         self._retry_at = monotonic() + RETRY_MIN_S * chance()
         if connection is not None:
             connection.close()

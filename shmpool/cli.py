@@ -1,4 +1,7 @@
-"""The command `shmpool`: look at pools.  It reads the segment itself and needs no coordinator for that."""
+"""The command `shmpool`: look at pools, and see to their end.
+
+It reads the segment itself and needs no coordinator for that; `retire` and `repair` ask the coordinator.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,24 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final, NoReturn
 
+from shmpool.attachment import is_coordinated
+from shmpool.control_client import ControlError, request
+from shmpool.errors import MechanismError
 from shmpool.layout import Layout
 from shmpool.names import Names
 from shmpool.observation import observe, pools_of
+from shmpool.segment import attach
+from shmpool.states import SegmentState
 from shmpool.status import Level, Report, as_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 EXIT_USAGE: Final = 64
+EXIT_REFUSED: Final = 1
 WATCH_S: Final = 2.0
+RETIRE_S: Final = 60.0
+POLL_S: Final = 0.1
 DEFAULT_LIMITS: Final = Layout(workers=128, slots_per_worker=32, endpoints=16, groups=32)
 
 _EXIT_CODES = """\
@@ -40,6 +51,40 @@ examples:
   shmpool status web >/dev/null  for monitors: look at the exit code
 
 {_EXIT_CODES}"""
+
+_RETIRE_TEXT: Final = """\
+The coordinator goes on serving what is held; workers close idle connections at once and
+busy ones at checkin.  When nothing is held any more, a new segment takes the place of the
+old one, made with the configuration file as it is then: the way to other [limits].
+Checkouts wait for it within their timeout.  `shmpool status` shows for whom it waits.
+
+exit codes:
+  0   done, or under way with --no-wait
+  1   refused, or not finished in time (it goes on)
+  2   no coordinator answers
+  64  the command line is wrong
+"""
+_CLEANUP_TEXT: Final = """\
+Segment, lock file, socket and semaphores of the pool.  Nothing is removed while a
+coordinator or a worker lives.
+
+exit codes:
+  0   nothing is left; without --yes: nothing is in the way of removing it
+  1   somebody lives, or something cannot be removed
+  64  the command line is wrong
+"""
+_REPAIR_TEXT: Final = """\
+For `audit-out-of-bounds` in `shmpool status`: something wrote to the slot words or the
+semaphores past the protocol, which no crash of a worker or coordinator does.  The
+coordinator brings the numbers in line such that never more permits circulate than the
+cap.  It trusts the slot words as to who holds what, and leaves alone what is in doubt.
+
+exit codes:
+  0   nothing is out of bounds; with --yes: not any more
+  1   something is out of bounds
+  2   no coordinator answers
+  64  the command line is wrong
+"""
 
 
 class UsageError(Exception):
@@ -89,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(
         prog="shmpool",
-        description="Look at the connection pools that this host's workers share.",
+        description="Look at the connection pools that this host's workers share, and see to their end.",
         epilog=f"example:\n  shmpool status web\n\n{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -111,6 +156,29 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = add("list", "list the user's pools")
     listing.set_defaults(run=_list)
+
+    retire = add("retire", "replace a pool's segment by a new one, without stopping its workers", _RETIRE_TEXT)
+    retire.add_argument("name", nargs="?", metavar="NAME", help="the pool")
+    retire.add_argument(
+        "--within",
+        type=_seconds,
+        default=RETIRE_S,
+        metavar="SECONDS",
+        help="wait so long for the successor (default: %(default)g)",
+    )
+    retire.add_argument("--no-wait", action="store_true", help="do not wait for the successor")
+    retire.set_defaults(run=_retire)
+
+    repair = add("repair", "say what audits find out of bounds and, with --yes, bring it in line", _REPAIR_TEXT)
+    repair.add_argument("name", nargs="?", metavar="NAME", help="the pool")
+    repair.add_argument("--yes", action="store_true", help="do it; without: only say what would be done")
+    repair.set_defaults(run=_repair)
+
+    cleanup = add("cleanup", "list and, with --yes, remove what is left of a pool that nobody uses", _CLEANUP_TEXT)
+    cleanup.add_argument("name", nargs="?", metavar="NAME", help="the pool")
+    cleanup.add_argument("--all", action="store_true", help="every pool of this user")
+    cleanup.add_argument("--yes", action="store_true", help="remove it; without: only list it")
+    cleanup.set_defaults(run=_cleanup)
 
     shape = add("layout", "show the tables of a segment with the given [limits], and their offsets")
     for limit in ("workers", "slots_per_worker", "endpoints", "groups"):
@@ -220,6 +288,91 @@ def _list(_: argparse.Namespace) -> int:
     else:
         print(f"uid {os.geteuid()} has no pool")
     return 0
+
+
+def _retire(options: argparse.Namespace) -> int:
+    """Have the segment retired, and wait for its successor."""
+    names = _find_names(options.name)
+    try:
+        old = request(names, "retire")["token"]
+    except ControlError as error:
+        return _refused(names, error)
+    if options.no_wait:
+        print(f"pool {names.pool}: retired; its successor opens when nothing is held any more")
+        return 0
+    deadline = time.monotonic() + options.within
+    while not _is_succeeded(names, old):
+        if time.monotonic() >= deadline:
+            findings = [f for f in observe(names).findings if f.code == "segment-retired"]
+            waits = findings[0].found if findings else "the successor is not open"
+            print(f"pool {names.pool}: after {options.within:g} s: {waits}; it goes on", file=sys.stderr)
+            return EXIT_REFUSED
+        time.sleep(POLL_S)
+    print(f"pool {names.pool}: the successor is open")
+    return 0
+
+
+def _is_succeeded(names: Names, old: str) -> bool:
+    """Whether another segment than the one with this token is open."""
+    try:
+        segment = attach(names)
+    except MechanismError:
+        return False
+    try:
+        return segment.state is SegmentState.OPEN and f"{segment.token:016x}" != old
+    finally:
+        segment.release()
+
+
+def _repair(options: argparse.Namespace) -> int:
+    """Have the coordinator say, or do, what brings impossible counts in line."""
+    names = _find_names(options.name)
+    try:
+        repairs = request(names, "repair", apply=options.yes)["repairs"]
+        for line in repairs:
+            print(f"{'repaired' if options.yes else 'would repair'}: {line}")
+        is_left = bool(request(names, "repair", apply=False)["repairs"]) if options.yes else bool(repairs)
+    except ControlError as error:
+        return _refused(names, error)
+    if not repairs:
+        print(f"pool {names.pool}: nothing is out of bounds")
+    elif not options.yes:
+        print("nothing was changed; with --yes it is")
+    return EXIT_REFUSED if is_left else 0
+
+
+def _refused(names: Names, error: ControlError) -> int:
+    print(error, file=sys.stderr)
+    return EXIT_REFUSED if is_coordinated(names) else Level.NOT_RUNNING
+
+
+def _cleanup(options: argparse.Namespace) -> int:
+    """List what is left of pools; with `--yes` remove it where nobody lives."""
+    from shmpool import cleanup
+
+    if options.all and options.name:
+        raise UsageError("cleanup: give a NAME or --all, not both")
+    uid = os.geteuid()
+    pools = [Names.of(name) for name in cleanup.pools_with_remains(uid)] if options.all else [_find_names(options.name)]
+    code = 0
+    for names in pools:
+        before = cleanup.look(names)
+        after = before
+        if options.yes:
+            try:
+                after = cleanup.remove(names)
+            except OSError as error:
+                after = cleanup.look(names)._replace(obstacles=(f"cannot be removed: {error}",))
+        for path in before.paths:
+            print(f"{'removed' if path not in after.paths else 'not removed' if options.yes else 'is left'}: {path}")
+        for obstacle in after.obstacles:
+            print(f"pool {names.pool}: {obstacle}", file=sys.stderr)
+            code = EXIT_REFUSED
+        if not before.paths:
+            print(f"pool {names.pool}: nothing is left")
+        elif not options.yes and not after.obstacles:
+            print(f"pool {names.pool}: nobody uses it; with --yes it is removed")
+    return code
 
 
 def _layout(options: argparse.Namespace) -> int:

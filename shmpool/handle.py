@@ -6,7 +6,7 @@ It is not an instance of psycopg2's connection class: where psycopg2 wants one (
 `Literal.prepare`), give it a cursor, or do it once in `on_connect`.
 
 Threads.  A handle may be passed between threads and closed in another one; two users at once are not allowed.
-Fork.  The handle's pool refuses it in a child.
+Fork.  In a child every use raises, and closing does nothing.
 """
 
 from __future__ import annotations
@@ -52,9 +52,17 @@ _METHODS: Final = (
 class Handle:
     """A checked-out connection; attributes that are not listed here are those of the connection."""
 
-    __slots__ = ("__weakref__", "_lease")
+    if not TYPE_CHECKING:  # a checker takes the forwarded attributes for slots that are missing
+        __slots__ = ("__weakref__", "_lease")
 
     _lease: Lease | None
+    if TYPE_CHECKING:  # made below
+        autocommit: bool
+        isolation_level: int | None
+        readonly: bool | None
+        deferrable: bool | None
+        cursor_factory: Any
+        notices: Any
 
     def __repr__(self) -> str:
         lease = self._lease

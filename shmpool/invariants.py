@@ -176,7 +176,9 @@ def check_sequence(earlier: Collect, later: Collect) -> list[str]:
         before, after = SlotWord.of(old), SlotWord.of(new)
         if after.seq < before.seq:
             found.append(f"slot {number}: seq fell from {before.seq} to {after.seq}")
-        stayed = old & ORPHAN and new & ORPHAN and after.seq - before.seq <= 4
+        # Each field falls one step per store, and the word is FREE, and its owner's, after the last of them.
+        steps = _HEIGHT[before.group_field] + _HEIGHT[before.endpoint_field]
+        stayed = old & ORPHAN and new & ORPHAN and after.seq - before.seq < steps
         if stayed and new & FIELDS_MASK and not _fell(before, after):
             found.append(f"slot {number}: orphan moved from {before} to {after}")
     return found

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 from collections.abc import Iterator
@@ -34,13 +35,14 @@ from shmpool.states import SegmentState
 CONFIG_VARIABLE: Final = "SHMPOOL_CONFIG"
 DEFAULT_LINGER: Final = "30s"  # the configuration's own default
 START_S: Final = 10.0
-ON_DEMAND_S: Final = 3.0  # a request waits for it
 JITTER_S: Final = 0.2  # all workers of a host find out at the same moment
-AGAIN_AFTER_S: Final = 5.0  # since the last try on demand
+AGAIN_AFTER_S: Final = 5.0  # after a try on demand that failed
+AGAIN_AFTER_SUCCESS_S: Final = 1.0  # after one that succeeded: the coordinator ended again at once
 FRESH_S: Final = 1.0  # a heartbeat older than this is a predecessor's
 _POLL_S: Final = 0.02
 
-_last_tries: dict[Names, float] = {}  # on demand, of this process
+_not_before: dict[tuple[int, Names], float] = {}  # next try on demand, monotonic; by process, as a fork copies it
+_starts: dict[tuple[int, Names], _Start] = {}
 
 
 class LaunchError(MechanismError):
@@ -86,24 +88,89 @@ def ensure_coordinator(
             time.sleep(_POLL_S)
 
 
-def start_on_demand(names: Names) -> bool:
-    """Start a coordinator for a worker that found no segment; return whether one serves now.
+def start_on_demand(names: Names, config: str | None = None) -> bool:
+    """Start a coordinator for a worker that found none; return whether one serves now.  Blocks until it does.
 
-    Done where SHMPOOL_CONFIG names the pool's file and that does not say `autostart = false`, and not again for a
-    while after a try: one that cannot start must not cost every request its time.
+    Done where a file of the pool is known (SHMPOOL_CONFIG, or `config`) that does not say `autostart = false`, and
+    not again for a while after a try: one that cannot start must not cost every request its time.
 
     Raises:
         LaunchError: it could not be started.
     """
-    if not os.environ.get(CONFIG_VARIABLE) or time.monotonic() - _last_tries.get(names, -AGAIN_AFTER_S) < AGAIN_AFTER_S:
+    file = _wanted_file(names, config)
+    if file is None or not _may_try(names):
         return False
-    _, raw = _read(None)
-    if raw.get("name") != names.pool or raw.get("coordinator", {}).get("autostart", True) is not True:
-        return False
-    _last_tries[names] = time.monotonic()
+    key = (os.getpid(), names)
+    _not_before[key] = time.monotonic() + AGAIN_AFTER_S
     time.sleep(random.uniform(0, JITTER_S))
-    ensure_coordinator(uid=names.uid, within=ON_DEMAND_S)
+    for is_last in (False, True):
+        try:
+            ensure_coordinator(file, uid=names.uid)
+            break
+        except LaunchError:
+            if is_last:  # else it may have met one that was just ending
+                raise
+    _not_before[key] = time.monotonic() + AGAIN_AFTER_SUCCESS_S
     return serving_pid(names) is not None
+
+
+def begin_on_demand(names: Names, config: str | None = None) -> bool:
+    """Do as `start_on_demand` in a thread; return at once whether one is being started, or will be in a moment.
+
+    Raises:
+        LaunchError: that was tried a moment ago, and failed.
+    """
+    key = (os.getpid(), names)
+    start = _starts.get(key)
+    if start is not None and start.is_alive():
+        return True
+    if start is not None and start.error is not None and not _may_try(names):
+        raise start.error
+    if _wanted_file(names, config) is None:
+        return False
+    if not _may_try(names):
+        return True
+    start = _Start(names, config)
+    if _starts.setdefault(key, start) is not start:
+        _starts[key] = start
+    with contextlib.suppress(RuntimeError):  # the interpreter is ending, or out of threads
+        start.start()
+        return True
+    return False
+
+
+class _Start(threading.Thread):
+    """A try to start a coordinator; `error` tells why it failed, once the thread is over."""
+
+    def __init__(self, names: Names, config: str | None) -> None:
+        super().__init__(name=f"shmpool-launch-{names.pool}", daemon=True)
+        self._names = names
+        self._config = config
+        self.error: LaunchError | None = None
+
+    def run(self) -> None:
+        try:
+            start_on_demand(self._names, self._config)
+        except LaunchError as error:
+            self.error = error
+        except (MechanismError, OSError, ValueError) as error:
+            self.error = LaunchError(str(error))
+
+
+def _may_try(names: Names) -> bool:
+    return time.monotonic() >= _not_before.get((os.getpid(), names), 0.0)
+
+
+def _wanted_file(names: Names, config: str | None) -> str | None:
+    """Return the configuration file to start a coordinator with; None where that is not wanted."""
+    if os.geteuid() != 0 and names.uid != os.geteuid():
+        return None
+    for file in (os.environ.get(CONFIG_VARIABLE), config):
+        if file:
+            _, raw = _read(file)
+            if raw.get("name") == names.pool:
+                return file if raw.get("coordinator", {}).get("autostart", True) is True else None
+    return None
 
 
 def serving_pid(names: Names, *, is_fresh: bool = False) -> int | None:

@@ -419,10 +419,17 @@ class LocalGroup:
             if self._scout is waiter:
                 self._pass_scouting_on(waiter)
             return None
-        if next(iter(self.waiters), waiter) is waiter:
+        if self._is_first(waiter):
             return lease
         self.put_idle(lease)
         return None
+
+    def _is_first(self, waiter: Waiter) -> bool:
+        """Whether nobody queues before this thread.  By index: an iterator fails when another thread queues."""
+        try:
+            return self.waiters[0] is waiter
+        except IndexError:
+            return True
 
     def _pass_scouting_on(self, waiter: Waiter) -> None:
         """After a slice in vain the youngest waiter scouts, so that checkins serve this thread in its turn."""
@@ -498,7 +505,7 @@ class LocalGroup:
             lambda: self._permits_of(self._route(attempt)),
             deadline,
             is_done=is_done,
-            queued=lambda: len(self.waiters) - 1,
+            queued=lambda: max(0, len(self.waiters) - 1),  # this one may just be out of the queue, to be served
         )
 
     def _take_token(self) -> Lease | None:

@@ -69,4 +69,4 @@ class Names(NamedTuple):
         fixed = [self.segment, self.lock, self.socket]
         named = re.compile(rf"sem\.{re.escape(self.stem)}\.[0-9a-f]{{16}}\.[gebw][0-9]+")
         found = [SHM_DIR / entry for entry in os.listdir(SHM_DIR) if named.fullmatch(entry)]
-        return [path for path in fixed if path.exists()] + sorted(found)
+        return [path for path in fixed if os.path.lexists(path)] + sorted(found)

@@ -20,22 +20,26 @@ import atexit
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from psycopg2.extensions import STATUS_READY, cursor
 
-from shmpool.attachment import Attachment, join
+from shmpool.attachment import Attachment, is_coordinated, join
 from shmpool.clock import monotonic
-from shmpool.connection import Connection, are_spent, close_connection, make_recipe, restore
+from shmpool.connection import Connection, are_spent, make_recipe, restore
 from shmpool.errors import DisownedError, MechanismError, SegmentMissingError, SegmentRetiredError
 from shmpool.handle import Handle
-from shmpool.local_group import BYPASS_S, Lease, LocalGroup
+from shmpool.local_group import BYPASS_S, Lease, LocalGroup, tidy
 from shmpool.names import Names
 from shmpool.pool_errors import CoordinatorNotRunning, PoolClosed, PoolError, UnknownGroup
+
+JOIN_PAUSE_S: Final = 0.02  # between looks for a segment that is about to open
+JOIN_WITHIN_S: Final = 5.0  # a checkout's time until the group's own timeout can be read: its default
 
 
 class Pool:
@@ -73,6 +77,8 @@ class Pool:
         self.on_connect = on_connect
         self._closed = False
         self._state: _State | None = None
+        self._former: list[_State] = []  # of segments that were retired: what is in use goes home through them
+        self._config: str | None = None  # the pool's file, if a worker may start a coordinator
         self._idle: dict[str, deque[Lease]] = {}
         self._joining: dict[int, threading.RLock] = {}  # by process: one that forks may hold its own
         _pools.add(self)
@@ -151,9 +157,12 @@ class Pool:
         """Close idle connections and give their permits back; those in use follow at checkin.  May be repeated."""
         self._closed = True
         state, self._state, self._idle = self._state, None, {}
-        if state is not None and state.attachment.pid == os.getpid():
-            state.attachment.users.discard(self)
-            state.retire()
+        states = [*self._former, *([] if state is None else [state])]
+        self._former.clear()
+        for one in states:
+            if one.attachment.pid == os.getpid():
+                one.attachment.users.discard(self)
+                one.retire()
 
     def __enter__(self) -> Self:
         return self
@@ -183,49 +192,96 @@ class Pool:
                 state.refresh(self)
                 self._idle = state.idle()
             return state
+        if state is not None:
+            self._set_aside(state)
         attachment = self._attach()
         fresh = _State(attachment)
         fresh.refresh(self)
-        self._state, self._idle = fresh, fresh.idle()
+        self._config = attachment.settings.config_file if attachment.settings.autostart else None
         attachment.users.add(self)
         attachment.start_background()
-        if state is not None and state.attachment.pid == os.getpid():
-            state.attachment.users.discard(self)
-            state.retire()
+        self._state, self._idle = fresh, fresh.idle()  # last: an exception before it leads here again
         return fresh
 
+    def _set_aside(self, state: _State) -> None:
+        """Give back what rests through an attachment that is over; what is in use follows at checkin."""
+        self._former.append(state)
+        self._state, self._idle = None, {}
+        if state.attachment.pid == os.getpid():
+            state.attachment.step_aside()
+        self._tidy_former()
+
+    def _tidy_former(self) -> None:
+        for state in tuple(self._former):
+            if state.attachment.pid != os.getpid() or state.retire():
+                with contextlib.suppress(ValueError):  # another thread did the same
+                    self._former.remove(state)
+
     def _attach(self) -> Attachment:
-        """Attach this process, after starting a coordinator if there is none and that is wanted (`autostart`)."""
+        """Attach this process; where there is no coordinator, have one started if that is wanted (`autostart`)."""
         names = Names.of(self.name, self._uid)
         try:
-            try:
-                return join(names, Lease)
-            except (SegmentMissingError, SegmentRetiredError):
-                from shmpool.launch import start_on_demand  # here: few workers ever need it
-
-                if not start_on_demand(names):
-                    raise
-                return join(names, Lease)
+            return join(names, Lease)
+        except (SegmentMissingError, SegmentRetiredError) as error:
+            if not is_coordinated(names) and not self._begin_coordinator(names):
+                raise CoordinatorNotRunning(how_to_start(self.name, error)) from error
+            refusal = CoordinatorNotRunning(
+                f"{error}; a coordinator is there or is just being started, and the checkout had no more time to wait "
+                f"for it; `shmpool status {self.name}` tells what it waits for"
+            )
+            refusal.is_passing = True
+            raise refusal from error
         except MechanismError as error:
             raise CoordinatorNotRunning(how_to_start(self.name, error)) from error
 
+    def _begin_coordinator(self, names: Names) -> bool:
+        from shmpool.launch import begin_on_demand  # here: few workers ever need it
+
+        try:
+            return begin_on_demand(names, self._config)
+        except MechanismError as error:
+            raise CoordinatorNotRunning(how_to_start(self.name, error)) from error
+
+    def start_coordinator(self) -> None:
+        """Start one, where that is wanted; blocks until it serves (background thread)."""
+        from shmpool.launch import start_on_demand  # here: few workers ever need it
+
+        with contextlib.suppress(MechanismError, OSError):  # it is tried again, and a checkout that needs it says why
+            start_on_demand(Names.of(self.name, self._uid), self._config)
+
+    def _joined_by(self, deadline: float) -> _State:
+        """Do as `_joined`, and wait for a segment that is about to open."""
+        while True:
+            try:
+                return self._joined()
+            except CoordinatorNotRunning as error:
+                remaining = deadline - monotonic()
+                if not error.is_passing or remaining <= 0:
+                    raise
+                time.sleep(min(JOIN_PAUSE_S, remaining))
+
     def _checkout_slowly(self, group: str, timeout: float | None, lease: Lease | None) -> Handle:
         """Everything that is not a warm checkout: join, look after an idle connection, claim and open, wait."""
-        deadline = None if timeout is None else monotonic() + timeout
+        began = monotonic()
+        deadline = None if timeout is None else began + timeout
+        if lease is not None and not lease.group.attachment.is_current():
+            lease.group.give_back(lease)  # before the wait for a successor, which it would keep from opening
+            lease = None
         while True:
-            state = self._joined()
+            state = self._joined_by(began + JOIN_WITHIN_S if deadline is None else deadline)
+            state.attachment.start_background()  # a signal handler that raised around a fork may have kept it away
             local = state.groups.get(group)
             if local is None:
                 raise UnknownGroup(group, self.name, list(state.groups))
             if deadline is None:
-                deadline = monotonic() + local.settings.timeout
+                deadline = began + local.settings.timeout
             if lease is not None and not local.is_fit(lease):
                 lease = None
             try:
                 state.tidy()
                 lease = lease or local.pop_idle() or local.acquire(deadline)
                 break
-            except DisownedError:
+            except (DisownedError, SegmentRetiredError):
                 if monotonic() >= deadline:
                     raise CoordinatorNotRunning(how_to_start(self.name, "the segment was retired")) from None
         lease.since = monotonic()
@@ -253,6 +309,7 @@ class Pool:
 
     def look_after_idle(self) -> None:
         """Give back idle connections that are recalled, too old or dead (background thread)."""
+        self._tidy_former()
         state = self._state
         if state is None:
             return
@@ -308,21 +365,16 @@ class _State:
 
     def tidy(self) -> None:
         """Close what was dropped without checkin, and give its permits back."""
-        for token in self.attachment.table.tidy():
-            resource = token.tether.resource
-            if isinstance(resource, Connection) and close_connection(resource):
-                self.attachment.table.release(token)
-            else:
-                self.attachment.table.abandon(token)
+        tidy(self.attachment.table)
 
-    def retire(self) -> None:
-        """Give back what rests, and the row when nothing is in use any more."""
+    def retire(self) -> bool:
+        """Give back what rests, and the rows when nothing is in use any more; return whether that is so."""
         for local in self.groups.values():
             local.retire()
         self.tidy()
         if not self.attachment.users:
             self.attachment.stop_background()
-            self.attachment.leave()
+        return self.attachment.leave_when_due()
 
 
 class Lending:

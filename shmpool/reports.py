@@ -33,6 +33,6 @@ def describe_group(segment: Segment, name: str, permits: GroupPermits, timeout: 
     )
     more = f" and {len(holders) - _SHOWN} more workers" if len(holders) > _SHOWN else ""
     return (
-        f"group {name!r}: no connection within {timeout:g} s; cap {control.target}, held "
+        f"group {name!r}: no connection within {round(timeout, 3):g} s; cap {control.target}, held "
         f"{sum(holders.values())}, workers waiting {waiting}; held by {held or 'nobody'}{more}"
     )

@@ -205,6 +205,10 @@ class Locks:
         """Whether any other process holds, or is just taking, a row."""
         return self._holder(_row_byte(0), 2 * rows) is not None
 
+    def worker_pid(self) -> int | None:
+        """Return the pid of some other process that holds, or is just taking, a row (0: cannot be seen), or None."""
+        return self._holder(_row_byte(0), 0)
+
     def _holder(self, byte: int, length: int) -> int | None:
         kind, _, _, _, pid = _record(self._fd, fcntl.F_GETLK, fcntl.F_WRLCK, byte, length)
         return None if kind == fcntl.F_UNLCK else max(pid, 0)

@@ -236,12 +236,13 @@ def judge(view: PoolView, facts: Facts) -> Report:
     is_live = _is_live(view, coordinator)
     findings = (
         *_coordinator_findings(view, coordinator),
-        *_segment_findings(view, facts),
+        *_segment_findings(view, facts, workers),
         *_invariant_findings(view, violations, is_judged),
         *(f for endpoint in endpoints for f in _endpoint_findings(endpoint)),
         *(f for group in groups for f in _group_findings(group)),
         *_cap_findings(endpoints, groups),
         *(f for worker in workers for f in _worker_findings(worker, is_live)),
+        *_orphan_findings(workers, is_live),
     )
     return Report(
         name=view.name,
@@ -469,14 +470,25 @@ def _coordinator_findings(view: PoolView, coordinator: CoordinatorReport) -> Ite
         )
 
 
-def _segment_findings(view: PoolView, facts: Facts) -> Iterator[Finding]:
-    if view.state is not SegmentState.OPEN:
+_TOLD: Final = 8  # rows of a retired segment that are named
+
+
+def _segment_findings(view: PoolView, facts: Facts, workers: Sequence[WorkerReport]) -> Iterator[Finding]:
+    if view.state is SegmentState.RETIRED:
+        yield Finding(
+            Level.DEGRADED,
+            "segment-retired",
+            f"retired; waiting for {_stragglers(workers)}",
+            "it takes no worker in, and its successor opens when nothing is held through it",
+            "a worker gives its row back when its last connection is checked in; restart one that is stuck",
+        )
+    elif view.state is not SegmentState.OPEN:
         yield Finding(
             Level.DEGRADED,
             f"segment-{view.state.name.lower()}",
             f"the segment is {view.state.name}",
             "it takes no worker in",
-            "the successor opens when the last connection is given back; if none does, start a coordinator",
+            "start its coordinator",
         )
     for lost in facts.lost_names:
         yield Finding(
@@ -487,6 +499,32 @@ def _segment_findings(view: PoolView, facts: Facts) -> Iterator[Finding]:
             else f"{lost.name} is gone, expected inode {lost.expected}",
             "something cleans /dev/shm (systemd's RemoveIPC?); new workers cannot join this budget",
             "stop that cleaning, then restart the coordinator and the workers",
+        )
+
+
+def _stragglers(workers: Sequence[WorkerReport]) -> str:
+    """Say what keeps a retired segment: rows of workers, and what nobody has given back yet."""
+    living = [w for w in workers if w.state not in (RowState.FREE, RowState.DEAD)]
+    parts = []
+    if living:
+        told = ", ".join(f"{w.row} (pid {w.pid}, {w.active} in use, {w.idle} idle)" for w in living[:_TOLD])
+        more = f" and {len(living) - _TOLD} more" if len(living) > _TOLD else ""
+        parts.append(f"rows {told}{more}")
+    left = sum(w.held for w in workers if w.state is RowState.DEAD) + sum(w.orphans for w in workers)
+    if left:
+        parts.append(f"{left} slots that the coordinator settles")
+    return " and ".join(parts) or "the coordinator to open the successor"
+
+
+def _orphan_findings(workers: Sequence[WorkerReport], is_live: bool) -> Iterator[Finding]:
+    orphans = sum(worker.orphans for worker in workers)
+    if orphans:
+        yield Finding(
+            Level.FINE if is_live else Level.DEGRADED,
+            "orphans",
+            f"{orphans} orphaned slots still count for their endpoints",
+            "their permits come back when their sessions have ended at the server",
+            "nothing needs to be done" if is_live else "start the coordinator",
         )
 
 
@@ -515,7 +553,7 @@ def _invariant_findings(view: PoolView, violations: Sequence[str], is_judged: bo
                 "audit-out-of-bounds",
                 f"{permit.out_of_bounds} audits of {subject} had an impossible result",
                 "somebody posted or took permits past the protocol; the coordinator touches nothing then",
-                "see the coordinator's log; restart coordinator and workers when convenient",
+                f"see the coordinator's log, find who does that, then: shmpool repair {view.name}",
             )
 
 

@@ -28,6 +28,9 @@ from shmpool.status import (
 )
 
 PLAIN_COLUMNS: Final = 100  # where no terminal tells its width
+WORKERS_SHOWN: Final = 50  # a terminal's worth; drawing a table takes half a millisecond for each line
+SLOTS_SHOWN: Final = 200
+
 _LEVEL_STYLES: Final = {Level.FINE: "green", Level.DEGRADED: "yellow", Level.NOT_RUNNING: "bold red"}
 _HEALTH_STYLES: Final = {Health.UNKNOWN: "yellow", Health.UP: "green", Health.DOWN: "bold red"}
 _USE_STYLES: Final = {Use.WAITING: "yellow", Use.ACTIVE: "green", Use.CLOSING: "magenta"}
@@ -276,7 +279,7 @@ def _shown(workers: Iterable[WorkerReport], with_all: bool) -> list[WorkerReport
 
 
 def _workers(workers: Sequence[WorkerReport], with_all: bool) -> RenderableType:
-    shown = _shown(workers, with_all)
+    shown, left_out = _first(_shown(workers, with_all), with_all)
     if not shown:
         return Text("\nno worker is attached")
     table = _table(
@@ -306,15 +309,34 @@ def _workers(workers: Sequence[WorkerReport], with_all: bool) -> RenderableType:
             str(w.waiting),
             str(w.orphans),
         )
-    return table
+    return Group(table, _left_out(left_out, "workers")) if left_out else table
+
+
+def _first(workers: list[WorkerReport], with_all: bool) -> tuple[list[WorkerReport], int]:
+    """Return the workers that fit into one look, those with something odd before the others; and how many do not."""
+    if with_all or len(workers) <= WORKERS_SHOWN:
+        return workers, 0
+    odd_first = sorted(workers, key=lambda w: w.state is RowState.HELD and not w.orphans and not w.waiting)
+    return odd_first[:WORKERS_SHOWN], len(workers) - WORKERS_SHOWN
+
+
+def _left_out(count: int, what: str) -> Text:
+    return Text(f"... and {count} {what} more; --all shows them")
 
 
 def _slot_tables(report: Report, with_all: bool) -> list[RenderableType]:
     tables: list[RenderableType] = []
-    for worker in _shown(report.workers, with_all):
+    shown, left_out = _first(_shown(report.workers, with_all), with_all)
+    lines = 0
+    for worker in shown:
         slots = [s for s in worker.slots if with_all or s.is_held or s.use is not Use.FREE]
-        if slots:
+        if lines + len(slots) > SLOTS_SHOWN and not with_all:
+            left_out += 1
+        elif slots:
+            lines += len(slots)
             tables.append(_slots(worker, slots))
+    if left_out:
+        tables.append(_left_out(left_out, "workers' slots"))
     return tables
 
 

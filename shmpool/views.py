@@ -35,6 +35,16 @@ _PAUSE_S: Final = 0.0 if platform.machine() in ("x86_64", "AMD64") else 0.001  #
 
 
 @dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The slot words, as bytes, and the semaphore values of one moment, if `is_clean`."""
+
+    raw: bytes
+    values: tuple[int | None, ...]
+    controls: tuple[Control, ...]
+    is_clean: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Collect:
     """The slot words and semaphore values of one moment, if `is_clean`."""
 
@@ -131,6 +141,12 @@ def read_controls(segment: Segment) -> tuple[Control, ...]:
 def collect(
     segment: Segment, read_values: Callable[[], Sequence[int | None]], *, tries: int = COLLECT_TRIES
 ) -> Collect:
+    """Return a snapshot with its words as integers."""
+    found = snap(segment, read_values, tries=tries)
+    return Collect(tuple(memoryview(found.raw).cast("Q")), found.values, found.controls, found.is_clean)
+
+
+def snap(segment: Segment, read_values: Callable[[], Sequence[int | None]], *, tries: int = COLLECT_TRIES) -> Snapshot:
     """Copy slot words, semaphore values, slot words again, until the two copies are equal."""
     start, end = segment.layout.span(SLOT_WORDS)
     for attempt in range(tries):
@@ -145,7 +161,7 @@ def collect(
         is_clean = before == after and controls == read_controls(segment)
         if is_clean or attempt == tries - 1:
             break
-    return Collect(tuple(memoryview(after).cast("Q")), values, controls, is_clean)
+    return Snapshot(after, values, controls, is_clean)
 
 
 def permit_rows(segment: Segment, snapshot: Collect) -> tuple[PermitRow, ...]:

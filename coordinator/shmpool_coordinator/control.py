@@ -90,27 +90,52 @@ class Control:
         self._serve = serve
         self._on_worker_end = on_worker_end
         self._gid = gid
-        self._max_peers = max_peers
+        self.max_peers = max_peers
         self.peers: set[Peer] = set()
+        self._mode = mode
+        self._listen()
+
+    def _listen(self) -> None:
+        """Make the socket anew under its name."""
+        path = self.names.socket
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._listener.setblocking(False)
-        names.socket.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         old = os.umask(0o077)
         try:
-            self._listener.bind(str(names.socket))
+            self._listener.bind(str(path))
         finally:
             os.umask(old)
-        if gid >= 0:
-            os.chown(names.socket, -1, gid)
-        os.chmod(names.socket, mode)
-        self._inode = os.stat(names.socket).st_ino
+        if self._gid >= 0:
+            os.chown(path, -1, self._gid)
+        os.chmod(path, self._mode)
+        self._inode = os.stat(path).st_ino
         self._listener.listen(BACKLOG)
-        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    def restore(self) -> bool:
+        """Listen anew if something removed the socket's name; return whether that was so.
+
+        Connections that are open stay open.
+
+        Raises:
+            OSError: the socket cannot be made.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(self.names.socket).st_ino == self._inode:
+                return False
+        self._close_listener()
+        self._listen()
+        return True
+
+    def _close_listener(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._selector.unregister(self._listener)
+            self._listener.close()
 
     def close(self) -> None:
         """Send what fits, close everything and remove the socket."""
-        self._selector.unregister(self._listener)
-        self._listener.close()
+        self._close_listener()
         for peer in list(self.peers):
             with contextlib.suppress(OSError):
                 peer.connection.send(peer.unsent)
@@ -145,8 +170,8 @@ class Control:
         if not self._is_allowed(uid, gid):
             log.warning("control socket: uid %d (pid %d) refused", uid, pid)
             self._refuse(peer, f"uid {uid} may not use pool {self.names.pool!r} of uid {self.names.uid}")
-        elif len(self.peers) > self._max_peers:
-            self._refuse(peer, f"{self._max_peers} connections are open already")
+        elif len(self.peers) > self.max_peers:
+            self._refuse(peer, f"{self.max_peers} connections are open already")
 
     def _is_allowed(self, uid: int, gid: int) -> bool:
         if uid in (self.names.uid, 0):

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from shmpool.clock import monotonic
+from shmpool.errors import MechanismError
 from shmpool.frames import Message
 from shmpool.layout import ENDPOINTS, SLOTS
 from shmpool.names import Names
+from shmpool.segment import Segment
 from shmpool.settings import EndpointSettings
 from shmpool.states import Admin, Health, Role, Use, Verdict
 from shmpool.words import YES, Kind
@@ -38,10 +40,12 @@ from shmpool_coordinator.health import EndpointHealth, ProbeResult
 from shmpool_coordinator.probe import Probe, parse_conninfo
 from shmpool_coordinator.reaper import Reaper
 from shmpool_coordinator.registry import Access, Registry, lock_pool
+from shmpool_coordinator.repair import RepairError
 from shmpool_coordinator.sessions import Sessions
 
 TICK_S: Final = 0.1
 BUSY_TICK_S: Final = 0.02  # while somebody waits
+ENDING_TICK_S: Final = 0.005  # while a worker is just ending: its locks and sockets go before it is gone
 CHECK_EVERY_S: Final = 1.0  # names, drained rows, linger
 EVIDENCE_GAP_S: Final = 0.1  # at most one extra probe per endpoint in this time
 SETTLE_AT_END_S: Final = 2.0
@@ -160,17 +164,12 @@ class Daemon:
         self.config_path = Path(config.source)
         self._access = Access.of(config)
         self._linger_s = linger_s
-        locks = lock_pool(self.names, self._access)
-        self.registry = Registry(self.names, config, locks)
-        self.segment = self.registry.segment
-        self.permits = self.registry.permits
-        self.reaper = Reaper(self.segment, locks)
-        self.arbiter = Arbiter(self.segment, lambda row: locks.holder(row) is not None)
         self._selector = selectors.EpollSelector()
         self._results: queue.SimpleQueue[tuple[Prober, ProbeResult]] = queue.SimpleQueue()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._selector.register(self._wake_fd, selectors.EVENT_READ, self._drain_wakes)
-        self.sessions = Sessions(self.segment, self._wake)
+        self._keep(Registry(self.names, config, lock_pool(self.names, self._access)))
+        self._successor = config  # what the segment after this one is made with, once this one is retired
         self._watches: dict[int, Watch] = {}
         self._signals: set[int] = set()
         self._is_ending = False
@@ -187,9 +186,18 @@ class Daemon:
             self._worker_ended,
             mode=self._access.mode,
             gid=self._access.gid,
-            max_peers=2 * self.segment.layout.workers + 64,
+            max_peers=_peers_of(self.segment),
         )
         self._watch_endpoints()
+
+    def _keep(self, registry: Registry) -> None:
+        """Work on a registry's segment from now on."""
+        self.registry = registry
+        self.segment = registry.segment
+        self.permits = registry.permits
+        self.reaper = Reaper(self.segment, registry.locks)
+        self.arbiter = Arbiter(self.segment, lambda row: registry.locks.holder(row) is not None)
+        self.sessions = Sessions(self.segment, self._wake)
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -201,6 +209,7 @@ class Daemon:
             signal.signal(number, lambda number, _: self._signals.add(number))
         self._selector.register(read_fd, selectors.EVENT_READ, lambda _: os.read(read_fd, 4096))
         how = "adopted" if self.registry.is_adopted else "created"
+        how += ", retired: its successor opens when nothing is held any more" if self.registry.is_retired else ""
         log.info("pool %s: segment %s, pid %d", self.names.pool, how, os.getpid())
         self.tick()
         notify(f"READY=1\nMAINPID={os.getpid()}")
@@ -230,6 +239,8 @@ class Daemon:
 
     def tick(self) -> None:
         """Do everything that is due to the tables once."""
+        if self.registry.is_retired and self.registry.is_left():
+            self._succeed()
         self.registry.beat()
         hinted, self._ended_rows = self._ended_rows, set()
         self.reaper.tick(hinted)
@@ -251,7 +262,7 @@ class Daemon:
         if now >= self._next_check:
             self._next_check = now + CHECK_EVERY_S
             self._check(now)
-        self._next_tick = now + (BUSY_TICK_S if waiters else TICK_S)
+        self._next_tick = now + (ENDING_TICK_S if self.reaper.awaits_an_end else BUSY_TICK_S if waiters else TICK_S)
 
     def _check(self, now: float) -> None:
         damage = self.registry.damage()
@@ -267,10 +278,15 @@ class Daemon:
         if self.registry.drop_drained():
             self._watch_endpoints()
             self.control.send_workers("config")
+        try:
+            if self.control.restore():
+                log.error("control socket %s: was removed, made again", self.names.socket)
+        except OSError as error:
+            log.error("control socket %s: was removed and cannot be made again: %s", self.names.socket, error)
         if self._linger_s is not None:
             if self.registry.any_worker():
                 self._last_used = now
-            elif now - self._last_used >= self._linger_s:
+            elif now - self._last_used >= self._linger_s and self._close_to_newcomers():
                 log.info("pool %s: no worker for %g s, ending", self.names.pool, self._linger_s)
                 self._is_ending = True
 
@@ -448,6 +464,8 @@ class Daemon:
             "evidence": self._evidence,
             "info": self._info,
             "reload": self._reload,
+            "retire": self._retire,
+            "repair": self._repair,
             "stop": self._stop,
         }.get(message["type"])
         if serve is None:
@@ -503,6 +521,28 @@ class Daemon:
         except (ConfigError, ValueError, OSError) as error:
             raise RequestError(str(error)) from None
 
+    def _retire(self, peer: Peer, _message: Message) -> Reply:
+        """Let everybody leave the segment; `tick` makes its successor when the last one has."""
+        try:
+            self._successor = self._load()
+        except (ConfigError, ValueError, OSError) as error:
+            raise RequestError(f"nothing changed, as the successor could not be made: {error}") from None
+        if not self.registry.is_retired:
+            log.warning("pool %s: retired, as pid %d asked for", self.names.pool, peer.pid)
+            self.registry.retire()
+            self.control.send_workers("config")
+        self._next_tick = 0.0
+        return Reply("retired", {"token": f"{self.segment.token:016x}"})
+
+    def _repair(self, peer: Peer, message: Message) -> Reply:
+        apply = message.get("apply") is True
+        if apply:
+            log.warning("pool %s: repair asked for by pid %d", self.names.pool, peer.pid)
+        try:
+            return Reply("repairs", {"repairs": self.registry.repair(apply=apply)})
+        except RepairError as error:
+            raise RequestError(str(error)) from None
+
     def _stop(self, peer: Peer, _message: Message) -> Reply:
         log.info("pool %s: stop asked for by pid %d, ending", self.names.pool, peer.pid)
         self._is_ending = True
@@ -519,9 +559,9 @@ class Daemon:
             ConfigError, ValueError, OSError: the file cannot be used; nothing was changed.
         """
         try:
-            config = load(self.config_path)
-            if config.name != self.names.pool:
-                raise ValueError(f"{self.config_path}: name is {config.name!r}, this is pool {self.names.pool!r}")
+            config = self._load()
+            if self.registry.is_retired:
+                raise ValueError("the segment is retired; its successor is made with the file as it is then")
             changes = self.registry.configure(config)
         except (ConfigError, ValueError, OSError) as error:
             log.error("reload: nothing changed: %s", error)
@@ -533,13 +573,45 @@ class Daemon:
             log.info("reload: %s", change)
         return changes
 
+    def _load(self) -> Config:
+        """Read the configuration file.  Raises as `reload`."""
+        config = load(self.config_path)
+        if config.name != self.names.pool:
+            raise ValueError(f"{self.config_path}: name is {config.name!r}, this is pool {self.names.pool!r}")
+        return config
+
+    def _succeed(self) -> None:
+        """Replace the retired segment, through which nothing is held, by a new one of the same name."""
+        try:
+            self._successor = self._load()
+        except (ConfigError, ValueError, OSError) as error:
+            log.error("pool %s: the successor is made with the configuration read before: %s", self.names.pool, error)
+        old = self.registry
+        old.unlink_segment()
+        try:
+            registry = Registry(self.names, self._successor, old.locks)
+        except (MechanismError, ValueError, OSError) as error:
+            log.critical("pool %s: no successor could be made: %s", self.names.pool, error)
+            self._exit_code, self._is_ending = EXIT_DAMAGED, True
+            return
+        for index in list(self._watches):
+            self._watches.pop(index).prober.end()
+        self.reaper.close()
+        self.arbiter.close()
+        self._keep(registry)
+        old.close()
+        self.control.max_peers = _peers_of(self.segment)
+        self._last_used = monotonic()
+        self._watch_endpoints()
+        log.info("pool %s: the successor of the retired segment is open", self.names.pool)
+
     # -- the end -----------------------------------------------------------------------------------
 
     def _end(self) -> None:
         """Leave: remove everything if nobody uses the pool, else leave it for the next coordinator."""
         self.control.close()
         try:
-            if self._exit_code == EXIT_OK and self._settle_all() and self._retire():
+            if self._exit_code == EXIT_OK and self._settle_all() and self._is_closed():
                 self.registry.unlink()
                 log.info("pool %s: ended, nothing is left", self.names.pool)
             else:
@@ -558,23 +630,38 @@ class Daemon:
     def _settle_all(self) -> bool:
         """Give back what dead workers left, for a bounded time; return whether nothing is held by anybody."""
         deadline = monotonic() + SETTLE_AT_END_S
-        while not self.registry.any_worker():
+        while self.registry.is_retired or not self.registry.any_worker():
             self.reaper.tick()
             self.permits.tick(self.sessions.is_gone)
-            if self.permits.holds_nothing():
+            if self.registry.is_left():
                 return True
             if monotonic() >= deadline:
                 return False
             time.sleep(BUSY_TICK_S)
         return False
 
-    def _retire(self) -> bool:
-        """Close the segment to newcomers, unless one came in just before."""
+    def _is_closed(self) -> bool:
+        """Whether nobody can come in: retired and once seen to be left, or closed now."""
+        return self.registry.is_retired or self._close_to_newcomers()
+
+    def _close_to_newcomers(self) -> bool:
+        """Take nobody in any more, if nothing is held; return whether that is so.
+
+        A worker that came in just before keeps the segment open; one that comes later finds it retired, and waits
+        for what comes next.
+        """
+        if self.registry.is_retired:
+            return self.registry.is_left()
         self.registry.retire()
-        if not self.registry.any_worker():
+        if self.registry.is_left():
             return True
         self.registry.reopen()
         return False
+
+
+def _peers_of(segment: Segment) -> int:
+    """Return how many control connections a pool may need: a worker that rejoins has two for a moment."""
+    return 2 * segment.layout.workers + 64
 
 
 def _integer(message: Message, key: str) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from shmpool import views
 from shmpool.clock import monotonic
@@ -38,6 +38,7 @@ from shmpool.words import (
     SlotWord,
     with_field,
 )
+from shmpool_coordinator.tally import Tally
 
 STUCK_S: Final = 1.0  # a live unknown word unchanged for so long is reported
 
@@ -61,6 +62,25 @@ class _Count:
     orphans: list[int] = field(default_factory=list)  # slots whose unknown field is the coordinator's
 
 
+class Balance(NamedTuple):
+    """What one clean copy says about a semaphore."""
+
+    control: Control
+    value: int
+    certain: int
+    doubtful: int  # unknown slots and pending permits
+
+    @property
+    def missing(self) -> int:
+        """How many permits are neither in the semaphore nor certain in a slot."""
+        return self.control.issued - self.value - self.certain
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the protocol can lead there."""
+        return 0 <= self.missing <= self.doubtful
+
+
 class Permits:
     """The permit semaphores and bells of one pool.
 
@@ -79,6 +99,7 @@ class Permits:
         self._bells: dict[int, Semaphore] = {}
         self._endpoint_bells: dict[int, Semaphore] = {}
         self._users: dict[int, tuple[int, ...]] = {}
+        self._tally = Tally(segment.layout.slots, self._groups)
         self._calm_words = b""  # a copy in which nothing is uncertain; empty: none
         self._calm_certain: dict[int, int] = {}
         self._reported: dict[int, tuple[int, ...]] = {}
@@ -166,6 +187,58 @@ class Permits:
         """Whether every slot word is FREE."""
         return not any(word & FIELDS_MASK for word in self._slots.tolist())
 
+    # -- what a repair needs ------------------------------------------------------------------------
+
+    def has(self, kind: Kind, index: int) -> bool:
+        """Whether a slot word may speak of this index."""
+        return (index if kind is Kind.GROUP else self._groups + index) in self._semaphores
+
+    def balances(self) -> dict[int, Balance] | None:
+        """Return the balance of every semaphore, by one clean copy; None: there was none under this load."""
+        snapshot = views.snap(self.segment, self.read_values)
+        if not snapshot.is_clean:
+            return None
+        found = {}
+        for number, count in self._counts(snapshot.raw).items():
+            value, control = snapshot.values[number], snapshot.controls[number]
+            assert value is not None
+            doubtful = count.live + len(count.orphans) + control.pending
+            found[number] = Balance(control, value, count.certain, doubtful)
+        return found
+
+    def shift_issued(self, number: int, more: int) -> None:
+        """Count more, or fewer, permits as issued; none is posted or taken."""
+        control = self.control(number)
+        self._store(number, control._replace(issued=control.issued + more))
+
+    def post(self, number: int, count: int) -> int:
+        """Put permits into the semaphore, and ring; returns how many."""
+        for _ in range(count):
+            self._semaphores[number].release()
+        self._ring(number)
+        return count
+
+    def take(self, number: int, count: int) -> int:
+        """Take permits out of the semaphore, as far as nobody holds them; returns how many."""
+        for taken in range(count):
+            try:
+                self._semaphores[number].acquire(0)
+            except BusyError:
+                return taken
+        return count
+
+    def forget_faults(self, number: int) -> None:
+        """Count a semaphore as in bounds again."""
+        self._words[self._at(number) + _OUT_OF_BOUNDS] = 0
+        self._reported.pop(number, None)
+        self._calm_words = b""
+
+    def mark(self, slot: int, word: int) -> None:
+        """Store the word of an orphan's slot."""
+        self._mark(slot, word)
+
+    # -- places ------------------------------------------------------------------------------------
+
     def _at(self, number: int) -> int:
         return self.segment.layout.at(PERMITS, number)
 
@@ -205,9 +278,9 @@ class Permits:
 
     def settle(self, is_session_gone: SessionGone) -> None:
         """Give back what orphans certainly held: the group's permit at once, the endpoint's after its session."""
-        for slot, word in enumerate(self._slots.tolist()):
-            if word & ORPHAN and word & FIELDS_MASK:
-                self._settle_slot(slot, word, is_session_gone)
+        self._tally.update(self._slots.tobytes())
+        for slot, word in self._tally.orphans():
+            self._settle_slot(slot, word, is_session_gone)
 
     def _settle_slot(self, slot: int, word: int, is_session_gone: SessionGone) -> None:
         parts = SlotWord.of(word)
@@ -239,43 +312,40 @@ class Permits:
 
     def audit(self) -> bool:
         """Find out by counting what is uncertain, for every semaphore; return whether the copy was clean."""
-        snapshot = views.collect(self.segment, self.read_values)
+        snapshot = views.snap(self.segment, self.read_values)
         if not snapshot.is_clean:
             return False
-        counts = self._counts(snapshot.words)
-        marked: dict[int, int] = {}  # words of the copy, as this audit changed them
-        calm = True
+        counts = self._counts(snapshot.raw)
+        open_words = dict(self._tally.open)  # of the copy, as this audit changes them
+        calm = not open_words
         for number, count in counts.items():
             value = snapshot.values[number]
             assert value is not None
             control = snapshot.controls[number]
-            calm &= not (count.live or count.orphans or control.pending or control.issued != control.target)
-            calm &= self._audit_one(number, value, control, count, snapshot.words, marked)
-        calm = calm and not any(w & ORPHAN and w & FIELDS_MASK for w in snapshot.words)
-        self._report_stuck(snapshot.words)
+            calm &= not control.pending and control.issued == control.target
+            calm &= self._audit_one(number, value, control, count, open_words)
+        self._report_stuck()
         self._calm_words = self._slots.tobytes() if calm else b""
         if calm:
             self._calm_certain = {number: count.certain for number, count in counts.items()}
-            if memoryview(self._calm_words).cast("Q").tolist() != list(snapshot.words):
+            if self._calm_words != snapshot.raw:
                 self._calm_words = b""
         return True
 
-    def _counts(self, words: Iterable[int]) -> dict[int, _Count]:
-        counts = {number: _Count() for number in self._semaphores}
-        groups = self._groups
-        for slot, word in enumerate(words):
-            if not word & FIELDS_MASK:
-                continue
+    def _counts(self, raw: bytes) -> dict[int, _Count]:
+        """Count a copy of the slot words for every semaphore in use."""
+        tally, groups = self._tally, self._groups
+        tally.update(raw)
+        counts = {number: _Count(tally.certain[number]) for number in self._semaphores}
+        for slot, word in sorted(tally.open.items()):
             for state, number in (
                 (word >> G_FIELD_SHIFT & 3, word >> G_INDEX_SHIFT & 0xFF),
                 (word >> E_FIELD_SHIFT & 3, groups + (word >> E_INDEX_SHIFT & 0xFF)),
             ):
                 count = counts.get(number)
-                if count is None or state == NONE:
+                if count is None or state != MAYBE:
                     continue
-                if state == YES:
-                    count.certain += 1
-                elif word & ORPHAN:
+                if word & ORPHAN:
                     count.orphans.append(slot)
                 else:
                     count.live += 1
@@ -287,8 +357,7 @@ class Permits:
         value: int,
         control: Control,
         count: _Count,
-        words: tuple[int, ...],
-        marked: dict[int, int],
+        words: dict[int, int],
     ) -> bool:
         """Audit one semaphore by a clean copy; return whether its numbers are possible."""
         unknown = len(count.orphans) + control.pending
@@ -315,8 +384,8 @@ class Permits:
             self._ring(number)
         kind, _ = self._kind(number)
         for slot in count.orphans[:settled]:
-            marked[slot] = with_field(marked.get(slot, words[slot]), kind, NONE)
-            self._mark(slot, marked[slot])
+            words[slot] = with_field(words[slot], kind, NONE)
+            self._mark(slot, words[slot])
         of_resize = settled - min(settled, len(count.orphans))
         if of_resize:
             self._store(number, control._replace(pending=control.pending - of_resize))
@@ -338,12 +407,12 @@ class Permits:
                 control.pending,
             )
 
-    def _report_stuck(self, words: tuple[int, ...]) -> None:
+    def _report_stuck(self) -> None:
         """Tell once about a live worker that stopped in the middle of a bracket."""
         now = monotonic()
         unknown = {}
-        for slot, word in enumerate(words):
-            if not word & ORPHAN and (word >> G_FIELD_SHIFT & 3 == MAYBE or word >> E_FIELD_SHIFT & 3 == MAYBE):
+        for slot, word in self._tally.open.items():
+            if not word & ORPHAN:
                 known, since = self._live_since.get(slot, (0, now))
                 unknown[slot] = (word, since if known == word else now)
                 if known == word and 0 <= since <= now - STUCK_S:

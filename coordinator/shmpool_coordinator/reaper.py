@@ -34,9 +34,14 @@ class Reaper:
         start, end = segment.layout.span(SLOT_WORDS)
         self._slots_at = start
         self._slots = segment.words[start:end]
-        self._copy = b""
+        self._copy = bytes(8 * segment.layout.slots)  # all FREE
         self._dirty: deque[int] = deque()
         self._lockless: dict[tuple[int, Process], float] = {}  # since when; -1: was reported
+
+    @property
+    def awaits_an_end(self) -> bool:
+        """Whether a process has lost its locks just now: it is ending, and its row is to be looked at soon again."""
+        return any(since >= 0 for since in self._lockless.values())
 
     def close(self) -> None:
         """Let go of the words."""
@@ -44,20 +49,30 @@ class Reaper:
 
     def dirty_rows(self) -> deque[int]:
         """Return the rows with a word that is neither FREE nor an orphan's, those not looked at longest first."""
-        copy = self._slots.tobytes()
-        if copy != self._copy:
-            per_row = self.segment.layout.slots_per_worker
-            words = memoryview(copy).cast("Q")
-            rows = {slot // per_row for slot, w in enumerate(words) if w & FIELDS_MASK and not w & ORPHAN}
-            waiting = [row for row in self._dirty if row in rows]
-            self._dirty = deque(waiting + sorted(rows.difference(waiting)))
-            self._copy = copy
+        copy, old = self._slots.tobytes(), self._copy
+        if copy == old:
+            return self._dirty
+        self._copy = copy
+        row_bytes = 8 * self.segment.layout.slots_per_worker
+        clean, dirty = set(), []
+        for row, at in enumerate(range(0, len(copy), row_bytes)):
+            own = copy[at : at + row_bytes]
+            if own == old[at : at + row_bytes]:
+                continue
+            if any(word & FIELDS_MASK and not word & ORPHAN for word in memoryview(own).cast("Q")):
+                dirty.append(row)
+            else:
+                clean.add(row)
+        known = set(self._dirty)
+        self._dirty = deque(row for row in self._dirty if row not in clean)
+        self._dirty.extend(row for row in dirty if row not in known)
         return self._dirty
 
     def tick(self, hinted: Collection[int] = ()) -> list[int]:
         """Reap dead rows: the hinted ones, and as many others as one tick has time for.  Returns the reaped rows."""
         dirty = self.dirty_rows()
-        looked = {row for row in hinted if row in dirty}
+        self._lockless = {key: since for key, since in self._lockless.items() if key[0] in dirty}
+        looked = {row for row in (*hinted, *(row for row, _ in self._lockless)) if row in dirty}
         for _ in range(min(LOOKS_PER_TICK, len(dirty))):
             looked.add(dirty[0])
             dirty.rotate(-1)
@@ -77,6 +92,7 @@ class Reaper:
                     owner.pid,
                 )
             return False
+        self._lockless.pop((row, owner), None)
         if not self._locks.try_row(row):
             return False
         try:

@@ -3,7 +3,8 @@
 Writers.  The sole writer of the header, the endpoint and group rows and the published configuration.
 Stale reads.  None of its own words: nobody else writes them.
 If a process dies.  A half-made segment (CREATING) is removed by the next coordinator; any other is adopted: names
-    keep their index by the published configuration, and permits go on from their control words.
+    keep their index by the published configuration, and permits go on from their control words.  One that is RETIRED
+    stays so until nothing is held through it; then the daemon has it replaced.
 
 What the configuration no longer names is drained: it stays published with a cap of 0 until nothing circulates and
 no slot speaks of it; only then is its row free for another name.
@@ -33,6 +34,7 @@ from shmpool.words import Status
 from shmpool_coordinator.config import Config
 from shmpool_coordinator.health import EndpointHealth, ProbeResult
 from shmpool_coordinator.permits import Permits
+from shmpool_coordinator.repair import repair
 
 _TRIES: Final = 5
 _MOST_ROWS: Final = 4096  # of any segment
@@ -117,13 +119,17 @@ class Registry:
         if self.is_adopted:
             self.settings = self.segment.read_settings()[1]
             self._open_semaphores(self.settings)
-            self._warn_of_differences(self.settings)
-        try:
-            self.configure(config)
-        except (ValueError, OSError):
-            if not self.is_adopted:
-                self.unlink()
-            raise
+        if self.settings is not None and self.is_retired:
+            self._apply(self.settings, self.settings)  # it ends as it is; the file is for its successor
+        else:
+            if self.settings is not None:
+                self._warn_of_differences(self.settings)
+            try:
+                self.configure(config)
+            except (ValueError, OSError):
+                if not self.is_adopted:
+                    self.unlink()
+                raise
         me = Process.current()
         for column, value in (
             ("coordinator_pid", me.pid),
@@ -134,7 +140,8 @@ class Registry:
         ):
             self.segment.set_header(column, value)
         self.beat()
-        self.segment.set_header("state", SegmentState.OPEN)
+        if not self.is_retired:
+            self.segment.set_header("state", SegmentState.OPEN)
 
     def _warn_of_differences(self, settings: PoolSettings) -> None:
         shape, limits = self.segment.layout, self.config.limits
@@ -194,7 +201,7 @@ class Registry:
                 "connections of it; stop them, then start the coordinator again"
             )
         for path in self.names.leftovers():
-            if path != self.names.lock:
+            if path not in (self.names.lock, self.names.socket):  # the coordinator's own
                 path.unlink(missing_ok=True)
 
     def _create(self) -> Segment:
@@ -526,9 +533,37 @@ class Registry:
         """Whether a process holds, or is just taking, a worker row."""
         return self.locks.any_row_held(self.segment.layout.workers)
 
+    @property
+    def is_retired(self) -> bool:
+        """Whether the segment takes nobody in any more."""
+        return self.segment.state is SegmentState.RETIRED
+
     def retire(self) -> None:
-        """Take nobody in any more."""
+        """Take nobody in any more; whoever is in notices at the next checkout, by the endpoints' epochs."""
         self.segment.set_header("state", SegmentState.RETIRED)
+        for endpoint in self.settings.endpoints if self.settings else ():
+            self._set_status(endpoint.index, is_moved=True)
+
+    def repair(self, *, apply: bool) -> list[str]:
+        """Say what is out of bounds and what brings it in line, a line for each; with `apply`, do it.
+
+        Raises:
+            RepairError: no clean copy under this load.
+        """
+        assert self.settings is not None
+        first = self.segment.layout.groups
+        wanted = {g.index: (f"group {g.name}", g.connections) for g in self.settings.groups}
+        wanted |= {first + e.index: (f"endpoint {e.name}", e.max_connections) for e in self.settings.endpoints}
+        return repair(
+            self.permits,
+            {number: target for number, (_, target) in wanted.items()},
+            {number: name for number, (name, _) in wanted.items()},
+            apply=apply,
+        )
+
+    def is_left(self) -> bool:
+        """Whether nothing is held through the segment and nobody can take anything (retired segments only)."""
+        return not self.any_worker() and self.permits.holds_nothing()
 
     def reopen(self) -> None:
         """Take the retirement back."""
@@ -538,14 +573,18 @@ class Registry:
         """Stop being the coordinator; the segment stays for the next one."""
         self.segment.set_header("coordinator_pid", 0)
 
-    def unlink(self) -> None:
-        """Remove every name; the lock file last, since a newcomer may start once it is gone."""
+    def unlink_segment(self) -> None:
+        """Remove segment and semaphores and keep what the coordinator itself needs: a successor takes their place."""
         for name, _ in _semaphores_of(self.segment):
             semaphores.unlink(name)
+        self.segment.unlink()
+
+    def unlink(self) -> None:
+        """Remove every name; the lock file last, since a newcomer may start once it is gone."""
+        self.unlink_segment()
         for path in self.names.leftovers():
             if path not in (self.names.segment, self.names.lock):
                 path.unlink(missing_ok=True)
-        self.segment.unlink()
         if self.locks.is_in_place():
             os.unlink(self.names.lock)
 

@@ -27,16 +27,27 @@ from shmpool.words import E_INDEX_SHIFT
 from shmpool_coordinator.config import Probe as ProbeOptions
 from shmpool_coordinator.probe import Probe, parse_conninfo
 
-LOOK_EVERY_S: Final = 0.1
+LOOK_AGAIN_S: Final = 0.005  # a server process ends within milliseconds of its client, or of being told to
+LOOK_EVERY_S: Final = 0.1  # what is still there after several looks takes its time
 FORGET_S: Final = 2.0  # a question that was not repeated for so long has no asker any more
 DEFAULT_CONNECT_S: Final = 5.0
 
+STARTING_SHOWN: Final = 180000  # PostgreSQL 18 shows a server process before it knows its client's name
+STARTED_LOCAL_S: Final = 0.25  # a forked server process is in the table by then
+STARTED_REMOTE_S: Final = 1.25  # the same, and a lost packet of the handshake was sent again
+
 # Every session of this pool that may come from this host.  client_addr is hidden from roles without pg_read_all_stats
-# (NULL), and always NULL over a Unix socket: such a session counts as this host's.
+# (NULL), and always NULL over a Unix socket: such a session counts as this host's.  And every server process that was
+# forked before the one that asks, and has not told its name yet.
 SESSIONS_QUERY: Final = """
 SELECT pid, application_name, client_addr IS NULL OR inet_client_addr() IS NULL
-       OR client_addr = inet_client_addr()
-FROM pg_stat_activity WHERE application_name ~ %s
+       OR client_addr = inet_client_addr(), coalesce(state = 'starting', false)
+FROM pg_stat_activity
+WHERE application_name ~ %s OR (state = 'starting' AND backend_start <=
+      (SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()))
+"""
+RIGHTS_QUERY: Final = """
+SELECT pg_has_role('pg_read_all_stats', 'usage'), inet_client_addr() IS NOT DISTINCT FROM inet_server_addr()
 """
 TERMINATE_QUERY: Final = "SELECT pg_terminate_backend(%s)"
 
@@ -54,12 +65,27 @@ class _Question:
     asked_first: float
     asked_last: float
     seen_absent: float | None = None  # first look that did not find it, with no pid known
+    seen_started: float | None = None  # the same, and every connection made before it has told its name
     is_gone: bool = False
     was_terminated: bool = False
 
 
 class SessionLook(Probe):
     """A connection to one endpoint for looking at sessions and ending them."""
+
+    opened_at = 0.0  # just before the server was asked for it; CLOCK_MONOTONIC
+    started_s: float | None = None  # when a server process is in sight for certain; None: no such bound
+
+    def open(self) -> None:
+        """Connect, unless that was done.  Raises as `rows`."""
+        if self._connection is not None:
+            return
+        self.started_s = None
+        self.opened_at = monotonic()
+        if self._open().server_version >= STARTING_SHOWN:
+            [(may_see, is_local)] = self.rows(RIGHTS_QUERY)
+            if may_see:
+                self.started_s = STARTED_LOCAL_S if is_local else STARTED_REMOTE_S
 
     def rows(self, query: str, *parameters: object) -> list[tuple[Any, ...]]:
         """Run one query, bounded in time.  Raises whatever the server or the network does."""
@@ -85,6 +111,7 @@ class EndpointSessions:
         self._questions: dict[tuple[int, int], _Question] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._news = threading.Event()  # a question that no look has seen yet
         self._connect_s = float(parse_conninfo(settings.conninfo).get("connect_timeout") or DEFAULT_CONNECT_S)
 
     def ask(self, key: tuple[int, int], row: int, place: int, backend_pid: int) -> bool:
@@ -95,6 +122,7 @@ class EndpointSessions:
             if question is None:
                 question = _Question(key[0], row, place, backend_pid, now, now)
                 self._questions[key] = question
+                self._news.set()
             question.asked_last = now
             if self._thread is None and not question.is_gone:
                 name = f"sessions-{self.settings.name}"
@@ -102,23 +130,33 @@ class EndpointSessions:
                 self._thread.start()
             return question.is_gone
 
-    def _pending(self) -> list[_Question]:
-        """Forget what nobody asks any more and return the open questions; none: the thread is over."""
+    def _pending(self) -> list[_Question] | None:
+        """Forget what nobody asks any more and return the open questions; None: the thread is over.
+
+        It stays, with its connection, until the last answer is forgotten: deaths come in groups.
+        """
         now = monotonic()
         with self._lock:
+            self._news.clear()
             self._questions = {k: q for k, q in self._questions.items() if now - q.asked_last < FORGET_S}
-            pending = [q for q in self._questions.values() if not q.is_gone]
-            if not pending:
+            if not self._questions:
                 self._look.close()  # under the lock: the next thread has the same look
                 self._thread = None
-            return pending
+                return None
+            return [q for q in self._questions.values() if not q.is_gone]
 
     def _run(self) -> None:
-        while pending := self._pending():
-            self._answer(pending)
-            if any(q.is_gone for q in pending):
-                self._wake()
-            time.sleep(LOOK_EVERY_S)
+        pause = LOOK_AGAIN_S
+        while (pending := self._pending()) is not None:
+            if pending:
+                self._answer(pending)
+                if any(q.is_gone for q in pending):
+                    self._wake()
+            if self._news.wait(pause if pending else FORGET_S):
+                time.sleep(LOOK_AGAIN_S)  # and take what else comes at the same time with it
+                pause = LOOK_AGAIN_S
+            else:
+                pause = min(LOOK_EVERY_S, 2 * pause)
 
     def _answer(self, pending: list[_Question]) -> None:
         if self.settings.via == "pooler" or self.settings.address == "service":
@@ -126,6 +164,9 @@ class EndpointSessions:
             self._wait_out(pending, "its sessions cannot be looked at")
             return
         try:
+            if self._look.started_s is not None and any(self._wants_newer_look(q) for q in pending):
+                self._look.close()
+            self._look.open()
             found = self._look.rows(SESSIONS_QUERY, rf"shmpool:{re.escape(self._pool)}:[0-9]+\.[0-9]+:[0-9]+$")
         except Exception as error:  # noqa: BLE001 - whatever the server or the network does means: nobody can look
             self._look.close()
@@ -134,22 +175,36 @@ class EndpointSessions:
         for question in pending:
             self._judge(question, found)
 
+    def _wants_newer_look(self, question: _Question) -> bool:
+        """Whether a new connection tells more: the server takes connections in turn, so it comes after the orphan's."""
+        return not question.backend_pid and self._look.opened_at <= question.asked_first
+
     def _judge(self, question: _Question, found: list[tuple[Any, ...]]) -> None:
         name = re.compile(rf":{question.row}\.[0-9]+:{question.place}$")
         mine = [
             pid
-            for pid, application, is_ours in found
+            for pid, application, is_ours, _ in found
             if name.search(application) and (pid == question.backend_pid if question.backend_pid else is_ours)
         ]
         if mine:
-            question.seen_absent = None
+            question.seen_absent = question.seen_started = None
             self._terminate(question, mine[0])
         elif question.backend_pid:
             question.is_gone = True
-        elif question.seen_absent is None:
-            question.seen_absent = monotonic()
         else:
-            question.is_gone = monotonic() - question.seen_absent >= self._connect_s
+            self._judge_nameless(question, any(is_starting for *_, is_starting in found))
+
+    def _judge_nameless(self, question: _Question, is_one_starting: bool) -> None:
+        """Judge a session that nobody saw: it never was, has ended, or has yet to tell its name."""
+        now = monotonic()
+        if question.seen_absent is None:
+            question.seen_absent = now
+        if self._look.started_s is None or is_one_starting or self._wants_newer_look(question):
+            question.seen_started = None
+        elif question.seen_started is None:
+            question.seen_started = now
+        settled = question.seen_started is not None and now - question.seen_started >= (self._look.started_s or 0.0)
+        question.is_gone = settled or now - question.seen_absent >= self._connect_s
 
     def _terminate(self, question: _Question, pid: int) -> None:
         if question.was_terminated or not question.backend_pid:

@@ -143,7 +143,7 @@ def test_a_retired_segment_is_read(pool: OfflinePool, capsys: pytest.CaptureFixt
     with stand_in(pool):
         code, text = run(capsys, "status", pool.names.pool)
     assert code == 1
-    assert "the segment is RETIRED" in text
+    assert "retired; waiting for" in text
 
 
 @pytest.mark.parametrize("kind", ["g", "e", "b", "w"])

@@ -181,3 +181,5 @@ def test_sequences_only_grow() -> None:
     orphan = g(0, MAYBE) | e(0, YES) | ORPHAN | 5 * SEQ_ONE
     assert found(orphan, (e(0, MAYBE) | ORPHAN) + 7 * SEQ_ONE) == 0
     assert found(orphan, (g(0, YES) | e(0, YES) | ORPHAN) + 6 * SEQ_ONE) == 1
+    claimed_and_abandoned_anew = g(0, MAYBE) | ORPHAN | 8 * SEQ_ONE
+    assert found(e(0, YES) | ORPHAN | 5 * SEQ_ONE, claimed_and_abandoned_anew) == 0

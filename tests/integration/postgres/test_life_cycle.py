@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import tempfile
 import threading
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from shmpool import CoordinatorNotRunning, Pool
+from shmpool.cli import main
 from shmpool.control_client import ControlError
 from shmpool.launch import serving_pid
 from shmpool.layout import GROUPS
@@ -21,10 +23,11 @@ from shmpool.names import Names
 from shmpool.observation import observe
 from shmpool.pool_errors import PoolError
 from shmpool.segment import Segment
+from shmpool.semaphores import Semaphore
 from tests.support.coordinator import CoordinatorProcess, endpoint_keys, pool_config, running_coordinator
 from tests.support.gunicorn import stop_coordinator
 from tests.support.waiting import wait_until
-from tests.support.workers import is_ready, is_whole, one_value, pool_of, read_line, sessions, worker
+from tests.support.workers import is_ready, is_whole, one_value, pool_of, read_line, run_python, sessions, worker
 from tools.pg_cluster import Cluster
 
 CAP = 4
@@ -225,6 +228,32 @@ def test_a_removed_socket_is_made_again(coordinator: CoordinatorProcess) -> None
     assert "made again" in coordinator.log
 
 
+# -- repair
+
+
+def test_repair_brings_status_back_to_fine(coordinator: CoordinatorProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    """A permit that somebody posted shows up in status and stays, until `shmpool repair --yes` takes it away."""
+    names = coordinator.names
+    segment = coordinator.attach()
+    permit = Semaphore(names.semaphore(segment.token, "g", 0))
+    try:
+        permit.release()
+        wait_until(lambda: "audit-out-of-bounds" in {f.code for f in observe(names).findings})
+        assert main(["repair", names.pool]) == 1
+        assert "would repair: group work: issued 4, value 5" in capsys.readouterr().out
+        assert permit.value == CAP + 1
+        assert main(["repair", names.pool, "--yes"]) == 0
+        assert permit.value == CAP
+        wait_until(lambda: observe(names).level == 0, what=lambda: str(observe(names).findings))
+        assert "repair: group work" in coordinator.log
+        assert main(["repair", names.pool]) == 0
+        coordinator.terminate()
+        assert main(["repair", names.pool]) == 2
+    finally:
+        permit.close()
+        segment.release()
+
+
 # -- adoption
 
 
@@ -250,29 +279,31 @@ def test_coordinators_killed_in_the_middle_of_everything(
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    workers = []
+    workers: list[subprocess.Popen[str]] = []
     kills = 0
+
+    def end(process: subprocess.Popen[str]) -> None:
+        process.kill()
+        process.communicate()
+
     try:
         until = time.monotonic() + 5
         while time.monotonic() < until:
             while len(workers) < 4:
-                workers.append(worker(LOAD, names.pool))
-                workers[-1] = (workers[-1], workers[-1].__enter__())  # type: ignore[call-overload]
+                workers.append(run_python(LOAD, names.pool))
             cap = chance.choice([1, 2, CAP, CAP + 2])
             text = config(names.pool, cluster, cap, "[coordinator]\nautostart = false")
             coordinator.config.write_text(text)
             coordinator.signal(signal.SIGHUP)
             if chance.random() < 0.6:
-                workers[0][1].kill()  # type: ignore[index]
-                workers.pop(0)[0].__exit__(None, None, None)  # type: ignore[index]
+                end(workers.pop(0))
             time.sleep(chance.random() * 0.15)
             coordinator.kill()
             kills += 1
             coordinator.start()
     finally:
-        for manager, process in workers:  # type: ignore[misc]
-            process.kill()  # type: ignore[has-type]
-            manager.__exit__(None, None, None)  # type: ignore[has-type]
+        for process in workers:
+            end(process)
         is_over.set()
         sampler.join()
     coordinator.config.write_text(config(names.pool, cluster, extra="[coordinator]\nautostart = false"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 import pytest
 
 from shmpool import Pool
+from shmpool.attachment import Attachment
 from shmpool.cli import main
+from shmpool.errors import MechanismError
 from shmpool.names import Names
 from shmpool.observation import observe
 from shmpool.pool_errors import PoolError
@@ -19,7 +22,7 @@ from shmpool.segment import attach
 from shmpool.status import RowState
 from tests.support.coordinator import CoordinatorProcess, endpoint_keys, pool_config, running_coordinator
 from tests.support.waiting import wait_until
-from tests.support.workers import is_ready, one_value, pool_of, read_line, sessions, worker
+from tests.support.workers import backend, end_session, is_ready, one_value, pool_of, read_line, sessions, worker
 from tools.pg_cluster import Cluster
 
 CAP = 3
@@ -65,11 +68,17 @@ def token_of(names: Names) -> int:
         segment.release()
 
 
-def tell(process: object, line: str) -> str:
+def living(names: Names) -> list[int]:
+    """Return the pids of the workers that hold a row."""
+    return [one.pid for one in observe(names).workers if one.state is RowState.HELD]
+
+
+def tell(process: subprocess.Popen[str], line: str) -> str:
     """Send a worker one line and return its answer."""
-    process.stdin.write(line + "\n")  # type: ignore[attr-defined]
-    process.stdin.flush()  # type: ignore[attr-defined]
-    return read_line(process)  # type: ignore[arg-type]
+    assert process.stdin is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+    return read_line(process)
 
 
 def test_an_idle_pool_is_replaced_at_once_with_new_dimensions(
@@ -138,9 +147,7 @@ def test_every_worker_moves_and_a_killed_one_is_no_obstacle(coordinator: Coordin
         before = token_of(names)
         assert main(["retire", names.pool, "--no-wait"]) == 0
         assert tell(first, "checkin") == "checkin"
-        wait_until(
-            lambda: [w.pid for w in observe(names).workers if w.state is RowState.HELD] == [second.pid], what=lambda: str(observe(names))
-        )
+        wait_until(lambda: living(names) == [second.pid], what=lambda: str(observe(names)))
         second.send_signal(signal.SIGKILL)
         wait_until(lambda: observe(names).level == 0 and token_of(names) != before, what=lambda: str(observe(names)))
         assert tell(first, "query") == "query"
@@ -214,7 +221,7 @@ def token_of_when_there(names: Names) -> int:
 def _noted(names: Names, found: list[int]) -> bool:
     try:
         found.append(token_of(names))
-    except Exception:  # noqa: BLE001  not there yet
+    except MechanismError:
         return False
     return True
 
@@ -227,3 +234,72 @@ def test_a_bad_file_retires_nothing(coordinator: CoordinatorProcess, capsys: pyt
     assert "nonsense" in capsys.readouterr().err
     with Pool(names.pool) as pool, pool.connection("work") as conn:
         assert one_value(conn, "select 1") == 1
+
+
+def test_a_worker_without_a_background_thread_leaves_at_its_next_checkout(
+    coordinator: CoordinatorProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no thread runs, a warm checkout notices by the endpoint's epoch, gives back, and gets the successor."""
+    monkeypatch.setattr(Attachment, "start_background", lambda _: None)
+    names = coordinator.names
+    with pool_of(names.pool) as pool:
+        with pool.connection("work") as conn:
+            first = conn.get_backend_pid()
+        with pool.connection("work") as conn:
+            assert conn.get_backend_pid() == first
+        before = token_of(names)
+        assert main(["retire", names.pool, "--no-wait"]) == 0
+        with pool.connection("work", timeout=5) as conn:
+            assert conn.get_backend_pid() != first
+        assert token_of(names) != before
+
+
+def test_dropped_and_broken_connections_do_not_keep_a_retired_segment(
+    coordinator: CoordinatorProcess, cluster: Cluster
+) -> None:
+    """A handle that is forgotten and one whose session ended go home as well, and the row with them."""
+    names = coordinator.names
+    with pool_of(names.pool) as pool:
+        forgotten, broken = pool.checkout("work"), pool.checkout("work")
+        before = token_of(names)
+        assert main(["retire", names.pool, "--no-wait"]) == 0
+        end_session(cluster.primary, backend(broken))
+        pool.checkin(broken)
+        del forgotten
+        with pool.connection("work", timeout=10) as conn:
+            assert one_value(conn, "select 1") == 1
+        assert token_of(names) != before
+
+
+def test_a_closed_pool_leaves_when_its_last_connection_comes_home(coordinator: CoordinatorProcess) -> None:
+    """Closing a pool while a connection is in use keeps the row exactly until that one is checked in."""
+    names = coordinator.names
+    pool = Pool(names.pool)
+    conn = pool.checkout("work")
+    pool.close()
+    assert living(names) == [os.getpid()]
+    conn.close()
+    assert living(names) == []
+
+
+def test_a_waiting_thread_gets_the_successor(coordinator: CoordinatorProcess) -> None:
+    """Threads that wait for a permit when the segment is retired are served by its successor, in their time."""
+    names = coordinator.names
+    with pool_of(names.pool) as pool:
+        held = [pool.checkout("work") for _ in range(CAP)]
+        served: list[int] = []
+
+        def use() -> None:
+            with pool.connection("work", timeout=10) as mine:
+                served.append(one_value(mine, "select 1"))
+
+        threads = [threading.Thread(target=use) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: observe(names).groups[0].waiting == 3, what=lambda: str(observe(names).groups))
+        assert main(["retire", names.pool, "--no-wait"]) == 0
+        for conn in held:
+            conn.close()
+        for thread in threads:
+            thread.join(15)
+        assert served == [1, 1, 1]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from shmpool.layout import WORKERS
-from shmpool.rows import Locks, take_row
+from shmpool.rows import Locks, Process, take_row
 from shmpool.segment import private_page
 from shmpool.slots import SlotTable
 from shmpool.words import ORPHAN
@@ -104,4 +104,19 @@ def test_clean_row_of_a_dead_worker_is_not_locked(pool: Desk) -> None:
     """Rows that hold nothing are not even looked at."""
     reaper = Reaper(pool.registry.segment, pool.registry.locks)
     assert list(reaper.dirty_rows()) == []
+    reaper.close()
+
+
+def test_process_that_is_just_ending_is_looked_at_again_until_it_is_gone(
+    pool: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker whose lock is gone before the process is reaped as soon as it is dead, not at some later tick."""
+    registry = pool.registry
+    reaper = Reaper(registry.segment, registry.locks)
+    pool.claim()  # through a row of this process, whose own lock it does not see
+    assert reaper.tick() == []
+    assert reaper.awaits_an_end
+    monkeypatch.setattr(Process, "visibly_lives", lambda process: False)
+    assert reaper.tick() == [pool.table.rows[0].number]
+    assert not reaper.awaits_an_end
     reaper.close()
