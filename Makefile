@@ -2,7 +2,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run demo test check bench crash model layout clean
+.PHONY: help venv run demo test check bench crash model chaos layout clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ model: venv      ## explore the protocol's states exhaustively
 
 layout: venv     ## print the layout of the shared segment
 	@$(PY) -m tools.print_layout
+
+chaos: venv      ## kill, stop and interrupt everything for two minutes; every permit must be accounted for
+	@$(PY) -m tools.chaos
 
 clean:           ## remove .venv, builds and caches
 	@rm -rf .venv build dist .*_cache .hypothesis && find . -name __pycache__ -prune -exec rm -rf {} +
