@@ -316,13 +316,16 @@ def join(names: Names, token_type: type[Token] = Token) -> Attachment:
                 return known
             known.step_aside()
         segment = attach(names)
+        row: Row | None = None
         try:
             if segment.state is SegmentState.RETIRED:
                 raise SegmentRetiredError(f"segment {names.segment} is retired; its successor is not open yet")
             locks = Locks(names, segment.header("lock_inode"))
             attachment = Attachment(segment, locks, token_type)
             attachment.refresh()
-            attachment.table.add_row(attachment._take_row())
+            row = attachment._take_row()
+            attachment.table.add_row(row)
+            _registry[pid, names] = attachment
         except MechanismError as error:
             is_retired = segment.state is SegmentState.RETIRED  # its names may be gone, in the middle of all this
             segment.release()
@@ -330,9 +333,11 @@ def join(names: Names, token_type: type[Token] = Token) -> Attachment:
                 raise SegmentRetiredError(f"segment {names.segment} was just retired") from error
             raise
         except BaseException:
+            if row is not None:  # a signal handler raised: nobody will use this row, and nobody else could
+                attachment.table.forget()
+                leave_row(segment, locks, row)
             segment.release()
             raise
-        _registry[pid, names] = attachment
         return attachment
 
 

@@ -15,7 +15,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 import psycopg2
 from psycopg2 import InterfaceError, OperationalError
@@ -119,6 +119,10 @@ class Recipe(NamedTuple):
     factory: type[Connection]
     cursor_factory: type[cursor] | None
     on_connect: Callable[[Any], None] | None
+
+    def of_connection(self) -> Self:
+        """Return what an open connection depends on: two recipes that agree in it lead to the same connections."""
+        return self._replace(endpoint=self.endpoint.of_connection(), group=self.group.of_connection())
 
 
 def make_recipe(
@@ -381,6 +385,7 @@ def close_connection(conn: Connection) -> bool:
         connection.close(conn)
         return True
     try:
+        conn.is_cut = True  # if a signal handler raises in here, whoever closes again must not take it for the end
         connection.close(conn)
         return _wait_for_end(twin)
     finally:

@@ -125,21 +125,40 @@ class Lease(Token):
     words: memoryview
 
 
+class Presence:
+    """Lives as long as a call that waits."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Waiter:
     """A thread in the queue; `handed` is what it was handed, at most one.
 
-    Whoever hands something over looks at `is_gone` afterwards; whoever goes sets it before looking at `handed`: one
-    of the two takes it back.
+    Whoever hands something over looks at `is_gone` afterwards; whoever goes calls `go` before looking at `handed`:
+    one of the two takes it back.  A call that a signal handler ended before it could go has dropped its presence.
+
+    Args:
+        presence: what the waiting call alone refers to.
     """
 
-    __slots__ = ("handed", "is_gone", "lock", "since")
+    __slots__ = ("_has_left", "_presence", "handed", "lock", "since")
 
-    def __init__(self) -> None:
+    def __init__(self, presence: Presence) -> None:
         self.handed: deque[Lease] = deque()
-        self.is_gone = False
+        self._has_left = False
+        self._presence = weakref.ref(presence)
         self.since = monotonic()
         self.lock = threading.Lock()
         self.lock.acquire()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the call that waited has ended."""
+        return self._has_left or self._presence() is None
+
+    def go(self) -> None:
+        """Be gone from now on."""
+        self._has_left = True
 
     def wake(self) -> None:
         """Let the thread look again."""
@@ -178,6 +197,12 @@ class LocalGroup:
 
     def __repr__(self) -> str:
         return f"<LocalGroup {self.settings.name!r} idle={len(self.idle)} waiting={len(self.waiters)}>"
+
+    def leads_to_the_same(self, recipes: dict[int, Recipe]) -> bool:
+        """Whether connections opened by these recipes are like those of the group's own."""
+        return self.recipes.keys() == recipes.keys() and all(
+            own.of_connection() == recipes[index].of_connection() for index, own in self.recipes.items()
+        )
 
     # -- idle connections
 
@@ -278,7 +303,7 @@ class LocalGroup:
         """Take no part any more: idle connections go now, those in use at checkin."""
         if not self.is_retired:
             self.is_retired = True
-            self.waiters.append(Waiter())  # nobody; it leads every checkin to `serve`
+            self.waiters.append(Waiter(Presence()))  # nobody; it leads every checkin to `serve`
         self.rest()
 
     def give_back(self, lease: Lease) -> None:
@@ -373,7 +398,8 @@ class LocalGroup:
                 return lease
         if deadline > monotonic():
             refuse_in_event_loop(self.settings.name)
-        waiter = Waiter()
+        presence = Presence()
+        waiter = Waiter(presence)
         self.waiters.append(waiter)
         try:
             while True:
@@ -440,7 +466,7 @@ class LocalGroup:
                 youngest.wake()
 
     def _leave_queue(self, waiter: Waiter) -> None:
-        waiter.is_gone = True
+        waiter.go()
         with contextlib.suppress(ValueError):
             self.waiters.remove(waiter)
         if self._scout is waiter:

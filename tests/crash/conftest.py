@@ -26,9 +26,9 @@ class Sweep:
     def __init__(self, is_complete: bool) -> None:
         self._is_complete = is_complete
 
-    def choose(self, points: Sequence[Point]) -> Sequence[Point]:
-        """Return the points to cover: all, or a tenth that rotates with the seed."""
-        chosen = points if self._is_complete else points[seed() % SHARE :: SHARE]
+    def choose(self, points: Sequence[Point], share: int = SHARE) -> Sequence[Point]:
+        """Return the points to cover: all, or one of so many, others with each seed."""
+        chosen = points if self._is_complete else points[seed() % share :: share]
         _totals["covered"] += len(chosen)
         _totals["existing"] += len(points)
         return chosen

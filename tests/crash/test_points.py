@@ -20,7 +20,17 @@ from shmpool.segment import private_page
 from shmpool.slots import SlotTable
 from tests.crash.conftest import Sweep
 from tests.crash.scenarios import SCENARIOS, Operation, Scenario
-from tests.support.crashing import CountingClock, Host, InterruptedHereError, Point, host, points_of, run_until
+from tests.support.crashing import (
+    CAN_RAISE,
+    TRACED,
+    CountingClock,
+    Host,
+    InterruptedHereError,
+    Point,
+    host,
+    points_of,
+    run_until,
+)
 
 BY_NAME = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 
@@ -44,21 +54,21 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def is_interrupted(operation: Operation, point: Point) -> bool:
+def is_interrupted(operation: Operation, point: Point, files: frozenset[str] = TRACED) -> bool:
     """Interrupt an operation at a point, and drop everything that it knew; return whether it did not complete."""
     try:
-        run_until(operation, point.event, interrupt)
+        run_until(operation, point.event, interrupt, files)
     except InterruptedHereError:
         return True
     return False
 
 
-def die_at(work: Callable[[], Operation], event: int) -> None:
+def die_at(work: Callable[[], Operation], event: int, files: frozenset[str] = TRACED) -> None:
     """Fork a process that prepares an operation and is killed in it."""
     pid = os.fork()
     if pid == 0:
         try:
-            run_until(work(), event, kill)
+            run_until(work(), event, kill, files)
         finally:
             os._exit(1)
     _, status = os.waitpid(pid, 0)
@@ -75,6 +85,7 @@ def account_for_all(pool: Host, table: SlotTable, where: str) -> None:
     pool.begin_anew(table)
 
 
+@CAN_RAISE
 @BY_NAME
 def test_interrupted_anywhere(pool: Host, sweep: Sweep, scenario: Scenario) -> None:
     """An exception at any bytecode loses no permit and no slot: the same process can claim everything again."""
@@ -119,7 +130,7 @@ def leave_one_row(pool: Host) -> int:
         table.add_row(take_row(pool.segment, Locks(pool.registry.names, pool.registry.locks.inode)))
         pool.hold(table, "read")
         pool.hold_group(table, "read")
-        return lambda: semaphores.ring(pool.groups["read"].bell)
+        return kill
 
     die_at(work, 0)
     assert pool.reaper.tick() == [last.number]
@@ -147,6 +158,7 @@ def test_row_taken_over_by_somebody_killed(pool: Host, sweep: Sweep) -> None:
     pool.settle()
 
 
+@CAN_RAISE
 def test_interrupted_taking_a_row(pool: Host, sweep: Sweep) -> None:
     """An exception before a row is entered leaves it free, for this process and for others."""
     last = leave_one_row(pool)
@@ -166,6 +178,7 @@ def test_interrupted_taking_a_row(pool: Host, sweep: Sweep) -> None:
     pool.settle()
 
 
+@CAN_RAISE
 def test_interrupted_adding_a_row(pool: Host, sweep: Sweep) -> None:
     """An exception while a table takes a row in leaves none of its slots there, or all of them usable."""
     row = Row(0, 1, (0, 1, 2, 3), ())

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import cast
 from unittest.mock import Mock
 
-from shmpool.local_group import Attempt, LocalGroup, Waiter
+from shmpool.local_group import Attempt, LocalGroup, Presence, Waiter
 from shmpool.slots import SlotTable
+
+HERE = Presence()
 
 
 class Busy(deque[Waiter]):
@@ -16,13 +18,13 @@ class Busy(deque[Waiter]):
 
     def __iter__(self) -> Iterator[Waiter]:
         entries = super().__iter__()
-        self.append(Waiter())
+        self.append(Waiter(HERE))
         return entries
 
 
 def test_head_of_the_queue_is_found_while_others_join() -> None:
     """Whether a thread is served next can be told at any moment, also of an empty queue."""
-    first, second = Waiter(), Waiter()
+    first, second = Waiter(HERE), Waiter(HERE)
     group = LocalGroup.__new__(LocalGroup)
     group.waiters = Busy([first, second])
     assert group._is_first(first)
@@ -45,5 +47,5 @@ def test_length_of_the_queue_is_never_negative() -> None:
     group.attachment = Mock()
     group.permits = Mock()
     group.table = cast(SlotTable, Table())
-    assert not group._wait_on_bell(Mock(), Attempt(), 0.0, Waiter())
+    assert not group._wait_on_bell(Mock(), Attempt(), 0.0, Waiter(HERE))
     assert told == [0]
