@@ -1,4 +1,4 @@
-"""The client's half of the control socket: connect, one request and its answer.
+"""The client's half of the control socket: connect, one request and its answer, or one message without.
 
 Blocking, with a deadline.  A connection belongs to one process and one thread at a time.
 """
@@ -59,6 +59,22 @@ def request(names: Names, kind: str, timeout: float = 5.0, **fields: Any) -> Mes
     if answer["type"] == "error":
         raise ControlError(str(answer.get("reason", "the coordinator refused")))
     return answer
+
+
+def tell(names: Names, kind: str, timeout: float, **fields: Any) -> None:
+    """Send one message that has no answer.
+
+    Args:
+        timeout: seconds, to connect and to send.
+
+    Raises:
+        ControlError: nobody listens, or the message could not be sent in time.
+    """
+    with connect(names, timeout) as connection:
+        try:
+            connection.sendall(encode(kind, **fields))
+        except OSError as error:
+            raise ControlError(f"pool {names.pool!r}: {kind!r} could not be sent ({error})") from None
 
 
 def _answer(connection: socket.socket, deadline: float) -> Message:

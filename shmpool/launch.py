@@ -70,8 +70,8 @@ def ensure_coordinator(
         ValueError: the pool's name is not allowed.
     """
     file, raw = _read(config)
-    is_other_user = os.geteuid() == 0 and bool(uid)
-    names = Names.of(str(raw.get("name", "")), uid if is_other_user else None)
+    names = _names(raw, uid)
+    is_other_user = names.uid != os.geteuid()
     if serving_pid(names) is not None:
         return
     chosen = linger or str(raw.get("coordinator", {}).get("linger", DEFAULT_LINGER))
@@ -86,6 +86,21 @@ def ensure_coordinator(
                 why = told or ("it ended without a word" if has_ended else f"not ready within {within:g} s")
                 raise LaunchError(f"pool {names.pool!r}: no coordinator could be started with {file}: {why}")
             time.sleep(_POLL_S)
+
+
+def names_in(config: str, *, uid: int | None = None) -> Names:
+    """Return the names of the pool of a configuration file; `uid` as for `ensure_coordinator`.
+
+    Raises:
+        LaunchError: the file cannot be read.
+        ValueError: the pool's name is not allowed.
+    """
+    return _names(_read(config)[1], uid)
+
+
+def _names(raw: dict[str, Any], uid: int | None) -> Names:
+    is_other_user = os.geteuid() == 0 and bool(uid)
+    return Names.of(str(raw.get("name", "")), uid if is_other_user else None)
 
 
 def start_on_demand(names: Names, config: str | None = None) -> bool:

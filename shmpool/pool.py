@@ -337,7 +337,10 @@ class _State:
         return attachment.config_generation == self.generation and not attachment.is_outdated()
 
     def refresh(self, pool: Pool) -> None:
-        """Follow the configuration: a group that changed is replaced, one that went is retired."""
+        """Follow the configuration: a group is replaced if its connections are to be others, retired if it went.
+
+        A changed cap, weight or timeout costs no idle connection.
+        """
         attachment = self.attachment
         groups: dict[str, LocalGroup] = {}
         for name, (settings, permits) in attachment.groups.items():
@@ -348,8 +351,8 @@ class _State:
                 for endpoint in attachment.settings.endpoints
             }
             known = self.groups.get(name)
-            if known is not None and (known.settings, known.recipes) == (settings, recipes):
-                known.permits = permits
+            if known is not None and known.leads_to_the_same(recipes):
+                known.settings, known.recipes, known.permits = settings, recipes, permits
                 groups[name] = known
             else:
                 groups[name] = LocalGroup(pool, attachment, settings, permits, recipes)

@@ -10,7 +10,7 @@ read what an older coordinator wrote; keys that this version does not know are i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Final, Literal, NamedTuple, Self
 
 Target = Literal["primary", "replica", "prefer-replica", "any"]
 Policy = Literal["least-connections", "round-robin", "weighted"]
@@ -22,6 +22,24 @@ class Credentials(NamedTuple):
     password_file: str
     password_command: tuple[str, ...]
     password_env: str
+
+
+# What may change under open connections: the next claim, wait or choice of an endpoint reads it anew.
+_LIGHT_OF_ENDPOINT: Final[Mapping[str, Any]] = {"max_connections": 0, "weight": 0, "backup": False}
+_LIGHT_OF_GROUP: Final[Mapping[str, Any]] = {
+    "connections": 0,
+    "policy": "least-connections",
+    "max_lag_bytes": None,
+    "max_lag_s": None,
+    "fallback_connections": 0,
+    "per_worker_min": 0,
+    "per_worker_max": 0,
+    "timeout": 0.0,
+    "max_waiting": 0,
+    "max_idle": 0.0,
+    "ping_after": 0.0,
+    "leak_after": None,
+}
 
 
 class EndpointSettings(NamedTuple):
@@ -36,6 +54,10 @@ class EndpointSettings(NamedTuple):
     address: Literal["instance", "service"]
     via: Literal["direct", "pooler"]
     credentials: Credentials
+
+    def of_connection(self) -> Self:
+        """Return what an open connection depends on; everything else as if it had never been set."""
+        return self._replace(**_LIGHT_OF_ENDPOINT)
 
 
 class GroupSettings(NamedTuple):
@@ -69,6 +91,10 @@ class GroupSettings(NamedTuple):
     idle_in_transaction_session_timeout: float | None
     settings: Mapping[str, str]
     application_name: str
+
+    def of_connection(self) -> Self:
+        """Return what an open connection depends on; everything else as if it had never been set."""
+        return self._replace(**_LIGHT_OF_GROUP)
 
 
 class PoolSettings(NamedTuple):

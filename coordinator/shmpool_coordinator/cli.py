@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -98,6 +99,14 @@ def _names(options: argparse.Namespace) -> Names:
 
 
 def _run(options: argparse.Namespace) -> int:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # until the daemon can take it for a reload
+    try:
+        return _be_coordinator(options)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _be_coordinator(options: argparse.Namespace) -> int:
     config = load(find(options.config))
     log_file = Path(options.log_file).absolute() if options.log_file else None
     ready = _detach() if options.detach else None

@@ -28,6 +28,7 @@ from shmpool.names import Names
 BACKLOG: Final = 128
 READ_BYTES: Final = 64 * 1024
 MAX_UNSENT_BYTES: Final = 256 * 1024
+_SO_PEERPIDFD: Final = 77  # Linux 6.5; not named by the socket module
 _CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Peer:
         self.uid = uid
         self.row: int | None = None  # the worker row it said hello for
         self.generation = 0
+        self.process: int | None = None  # its pidfd, once `Control.watch` was told to look at the process too
         self.frames = Frames()
         self.unsent = bytearray()
         self.is_closing = False  # once all is sent
@@ -154,7 +156,34 @@ class Control:
         for peer in [p for p in self.peers if p.row is not None]:
             self._send(peer, encode(kind))
 
+    def watch(self, peer: Peer) -> None:
+        """Take the end of the peer's process for the end of its worker, even if others keep its connection open.
+
+        Where the kernel offers no pidfd or refuses one, the end of the connection has to do.
+        """
+        if peer.process is not None:
+            return
+        try:
+            peer.process = _open_process(peer)
+        except OSError as error:
+            log.debug("control socket: no pidfd of pid %d: %s", peer.pid, error.strerror or error)
+            return
+        self._selector.register(peer.process, selectors.EVENT_READ, lambda _: self._process_ended(peer))
+
     # -- events ------------------------------------------------------------------------------------
+
+    def _process_ended(self, peer: Peer) -> None:
+        if peer.process is None:
+            return  # its connection, which is ready at the same time, was served first
+        self._forget_process(peer)
+        if peer.row is not None:
+            self._on_worker_end(peer.row)
+
+    def _forget_process(self, peer: Peer) -> None:
+        if peer.process is not None:
+            self._selector.unregister(peer.process)
+            os.close(peer.process)
+            peer.process = None
 
     def _accept(self, _: int) -> None:
         try:
@@ -256,5 +285,17 @@ class Control:
         self.peers.discard(peer)
         self._selector.unregister(peer.connection)
         peer.connection.close()
+        self._forget_process(peer)
         if tell and peer.row is not None:
             self._on_worker_end(peer.row)
+
+
+def _open_process(peer: Peer) -> int:
+    """Return a pidfd of the process that connected, else of the one that has its pid now.
+
+    Raises:
+        OSError: the kernel has none to give, a sandbox refuses it, or the process is gone.
+    """
+    with contextlib.suppress(OSError):
+        return peer.connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    return os.pidfd_open(peer.pid)

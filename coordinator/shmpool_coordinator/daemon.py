@@ -1,7 +1,7 @@
 """The coordinator's event loop: one thread that owns every word, helper threads for what blocks.
 
-It ticks every 100 ms, every 20 ms while somebody waits, and at once when a worker's control connection ends.  Probes
-and looks at server sessions run in threads, which hand results over and wake the loop.
+It ticks every 100 ms, every 20 ms while somebody waits, and at once when a worker's control connection or process
+ends.  Probes and looks at server sessions run in threads, which hand results over and wake the loop.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import random
+import resource
 import selectors
 import signal
 import socket
@@ -24,8 +25,9 @@ from typing import Any, Final
 from shmpool.clock import monotonic
 from shmpool.errors import MechanismError
 from shmpool.frames import Message
-from shmpool.layout import ENDPOINTS, SLOTS
+from shmpool.layout import ENDPOINTS, SLOTS, WORKERS
 from shmpool.names import Names
+from shmpool.rows import owner_of
 from shmpool.segment import Segment
 from shmpool.settings import EndpointSettings
 from shmpool.states import Admin, Health, Role, Use, Verdict
@@ -51,6 +53,7 @@ EVIDENCE_GAP_S: Final = 0.1  # at most one extra probe per endpoint in this time
 SETTLE_AT_END_S: Final = 2.0
 CLOCK_STEP_S: Final = 0.1
 JITTER: Final = 0.1
+OTHER_FILES: Final = 128  # semaphores, probes, looks at sessions
 
 EXIT_OK: Final = 0
 EXIT_DAMAGED: Final = 3  # a name no longer leads to the pool's own inode
@@ -169,6 +172,7 @@ class Daemon:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._selector.register(self._wake_fd, selectors.EVENT_READ, self._drain_wakes)
         self._keep(Registry(self.names, config, lock_pool(self.names, self._access)))
+        _make_room(2 * _peers_of(self.segment) + OTHER_FILES)
         self._successor = config  # what the segment after this one is made with, once this one is retired
         self._watches: dict[int, Watch] = {}
         self._signals: set[int] = set()
@@ -207,6 +211,7 @@ class Daemon:
         signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda number, _: self._signals.add(number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # one that came too early is served now
         self._selector.register(read_fd, selectors.EVENT_READ, lambda _: os.read(read_fd, 4096))
         how = "adopted" if self.registry.is_adopted else "created"
         how += ", retired: its successor opens when nothing is held any more" if self.registry.is_retired else ""
@@ -460,6 +465,7 @@ class Daemon:
     def _serve(self, peer: Peer, message: Message) -> Reply | None:
         serve = {
             "hello": self._hello,
+            "look": self._look,
             "waiting": self._waiting,
             "evidence": self._evidence,
             "info": self._info,
@@ -477,7 +483,17 @@ class Daemon:
         if not self.registry.is_row_of(row, generation):
             raise RequestError(f"worker row {row} has not generation {generation}")
         peer.row, peer.generation = row, generation
+        owner = owner_of(self.segment, row)
+        if owner.pid == peer.pid and owner.visibly_lives():
+            self.control.watch(peer)
         return Reply("welcome", {"pid": os.getpid(), "heartbeat": TICK_S})
+
+    def _look(self, _peer: Peer, message: Message) -> None:
+        """A process ended, as its parent knows: look at its rows now."""
+        pid = _integer(message, "pid")
+        for row in range(self.segment.layout.workers):
+            if pid and self.segment.words[self.segment.layout.at(WORKERS, row, "pid")] == pid:
+                self._worker_ended(row)
 
     def _waiting(self, _peer: Peer, message: Message) -> None:
         _integer(message, "group")
@@ -662,6 +678,14 @@ class Daemon:
 def _peers_of(segment: Segment) -> int:
     """Return how many control connections a pool may need: a worker that rejoins has two for a moment."""
     return 2 * segment.layout.workers + 64
+
+
+def _make_room(files: int) -> None:
+    """Raise the limit of open files as far as it may be: each control connection has a pidfd beside it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = files if hard == resource.RLIM_INFINITY else min(files, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _integer(message: Message, key: str) -> int:

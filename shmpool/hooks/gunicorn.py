@@ -14,13 +14,16 @@ within the same caps) and on USR2 (two masters share one coordinator).
 What is not here, and why.
     on_exit: nothing is stopped or removed.  On USR2 the old master's runs while the new one serves, and another
         service may use the same pool.  The coordinator ends by itself, `linger` after the last worker.
-    child_exit: a dead worker's control connection ends with it, so the coordinator knows before the master does.
+    child_exit attaches nothing and waits for nothing: it tells the coordinator to look at the dead worker's row now.
+        That is a hint beside others (the end of the worker's process, of its control connection); without it the
+        coordinator finds out all the same.
     post_fork attaches nothing: a pool attaches on first use, after the worker dropped its privileges.  If the
         coordinator has ended by then, as nobody used it for so long, the first use starts one (`autostart`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import sys
@@ -29,13 +32,17 @@ from typing import Any, Final, Protocol
 
 from shmpool.attachment import set_server_generation
 from shmpool.clock import monotonic
+from shmpool.control_client import tell
 from shmpool.errors import MechanismError
-from shmpool.launch import CONFIG_VARIABLE, ensure_coordinator
+from shmpool.launch import CONFIG_VARIABLE, ensure_coordinator, names_in
+from shmpool.names import Names
 from shmpool.pool import close_all
 
-__all__ = ["on_reload", "on_starting", "post_fork", "worker_exit"]
+__all__ = ["child_exit", "on_reload", "on_starting", "post_fork", "worker_exit"]
 
+NAME_VARIABLE: Final = "SHMPOOL_NAME"
 EXIT_NO_COORDINATOR: Final = 1
+TELL_S: Final = 0.1  # what a dead worker may cost the master at most
 
 
 class Arbiter(Protocol):
@@ -100,6 +107,16 @@ def worker_exit(server: Arbiter, worker: Worker) -> None:
         close_all()
 
 
+def child_exit(server: Arbiter, worker: Worker) -> None:
+    """Tell the coordinator that a worker is gone, so that its permits are back the sooner.
+
+    Runs in the master, in its signal handler: nothing is attached, locked or logged, and nobody is waited for.
+    """
+    for names in _pools_of(server):
+        with contextlib.suppress(MechanismError):
+            tell(names, "look", TELL_S, pid=worker.pid)
+
+
 def chain(*functions: Callable[..., object]) -> Callable[..., None]:
     """Return one hook that calls several, in order, with the same arguments.
 
@@ -119,3 +136,17 @@ def _ensure_coordinator(server: Arbiter) -> None:
     if config:
         ensure_coordinator(config, uid=server.cfg.uid, gid=server.cfg.gid)
         server.log.info("shmpool: a coordinator serves the pool of %s", config)
+
+
+def _pools_of(server: Arbiter) -> set[Names]:
+    """Return the pools that the environment names: of SHMPOOL_CONFIG's file, and SHMPOOL_NAME."""
+    uid = server.cfg.uid
+    config, name = os.environ.get(CONFIG_VARIABLE), os.environ.get(NAME_VARIABLE)
+    pools: set[Names] = set()
+    with contextlib.suppress(MechanismError, ValueError):
+        if config:
+            pools.add(names_in(config, uid=uid))
+    with contextlib.suppress(ValueError):
+        if name:
+            pools.add(Names.of(name, uid if os.geteuid() == 0 and uid else None))
+    return pools

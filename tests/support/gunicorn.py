@@ -113,11 +113,15 @@ class GunicornServer:
 
     def is_whole(self) -> bool:
         """Whether free and held permits add up to the caps, and no orphan waits to be settled."""
-        report = self.status()
-        if any(worker.orphans for worker in report.workers):
+        if not self.has_no_orphans():
             return False
+        report = self.status()
         groups = all(g.free is not None and g.free + g.held == g.target for g in report.groups)
         return groups and all(e.free is not None and e.free + e.held == e.target for e in report.endpoints)
+
+    def has_no_orphans(self) -> bool:
+        """Whether everything that dead workers held is settled."""
+        return not any(worker.orphans for worker in self.status().workers)
 
     def reload(self) -> None:
         """SIGHUP; return when all workers are new ones."""
@@ -158,12 +162,12 @@ class GunicornServer:
 
 
 class Clients:
-    """Threads that send one request after another; `failures` holds what went wrong."""
+    """Threads that send one request after another (or just one each); `failures` holds what went wrong."""
 
-    def __init__(self, server: GunicornServer, path: str, count: int) -> None:
+    def __init__(self, server: GunicornServer, path: str, count: int, *, often: bool = True) -> None:
         self.served = 0
         self.failures: list[str] = []
-        self._is_over = False
+        self._is_over = not often
         self._server, self._path = server, path
         self._threads = [threading.Thread(target=self._run) for _ in range(count)]
 
@@ -178,7 +182,7 @@ class Clients:
             thread.join()
 
     def _run(self) -> None:
-        while not self._is_over:
+        while True:
             try:
                 status, answer = self._server.request(self._path)
             except (OSError, http.client.HTTPException) as error:
@@ -187,6 +191,8 @@ class Clients:
                 self.served += 1
                 if status != 200:
                     self.failures.append(f"{status} {answer}")
+            if self._is_over:
+                return
             time.sleep(0.002)  # a client, not a flood
 
 

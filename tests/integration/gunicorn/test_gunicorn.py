@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import pytest
 
 from shmpool.control_client import request
 from shmpool.rows import start_time
+from shmpool.states import Use
 from tests.support.gunicorn import Clients, GunicornServer, example_config, running_gunicorn
 from tests.support.waiting import wait_until
+from tests.support.workers import sessions
 from tools.pg_cluster import Cluster
 from tools.stage import EXAMPLE
 
@@ -121,6 +124,7 @@ def test_a_killed_workers_permits_return_and_its_replacement_works(
         wait_until(lambda: len(server.workers()) == 2, within=10)
         use_all_workers(server)
         assert server.status().violations == ()
+    assert "Traceback" not in server.log
 
 
 def test_reload_under_load_fails_no_request_and_keeps_the_cap(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
@@ -164,13 +168,14 @@ def test_a_preloading_master_gives_back_what_it_opened(servers: Cluster, pool_na
 
 
 def test_a_worker_that_ends_in_order_gives_back_everything(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
-    """With --max-requests workers come and go, and none of them needs the reaper."""
+    """With --max-requests workers come and go under load: no request fails, and none of them needs the reaper."""
     options = ("--workers", "2", "--max-requests", "20")
-    with running_gunicorn(tmp_path, pool_name, example_config(pool_name, servers), *options) as server:
+    with running_gunicorn(tmp_path, pool_name, example_config(pool_name, servers, read=CAP), *options) as server:
         first = server.workers()
-        with Clients(server, "/", 2) as clients:
-            wait_until(lambda: clients.served > 100 and not server.workers() & first, within=20)
+        with Sampler(servers, pool_name) as sampler, Clients(server, "/slow?ms=5", 4) as clients:
+            wait_until(lambda: clients.served > 200 and not server.workers() & first, within=20)
         assert clients.failures == []
+        assert sampler.most <= CAP
         wait_until(server.is_whole)
         coordinator = server.status().coordinator
         assert coordinator is not None
@@ -178,22 +183,93 @@ def test_a_worker_that_ends_in_order_gives_back_everything(servers: Cluster, poo
 
 
 def test_usr2_hands_over_to_a_second_master(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
-    """Two masters share one coordinator; the old one's end removes nothing."""
-    with running_gunicorn(tmp_path, pool_name, example_config(pool_name, servers), "--workers", "2") as server:
+    """Two masters share one coordinator and one cap under load; the old one's end removes nothing."""
+    config = example_config(pool_name, servers, read=CAP)
+    with running_gunicorn(tmp_path, pool_name, config, "--workers", "2") as server:
         use_all_workers(server)
         before = max(server.rows().values())
         coordinator = request(server.names, "info")["pid"]
-        old = server.upgrade()
-        with Clients(server, "/", 2) as clients:
-            os.kill(old, signal.SIGTERM)
-            wait_until(lambda: start_time(old) is None, within=20)
+        with Sampler(servers, pool_name) as sampler, Clients(server, "/slow?ms=5", 4) as clients:
+            old = server.upgrade()
             seen = clients.served
             wait_until(lambda: clients.served > seen + 50, within=10)
+            os.kill(old, signal.SIGTERM)
+            wait_until(lambda: start_time(old) is None, within=20)
+            served = clients.served
+            wait_until(lambda: clients.served > served + 50, within=10)
         assert clients.failures == []
+        assert sampler.most <= CAP
         assert request(server.names, "info")["pid"] == coordinator
         use_all_workers(server)
         assert all(generation > before for generation in server.rows().values())
         assert server.is_whole()
+
+
+def stuck_sessions(cluster: Cluster, pool: str) -> set[int]:
+    """Return the server processes in the middle of a pool's long query."""
+    query = (
+        f"SELECT pid FROM pg_stat_activity WHERE application_name LIKE '%shmpool:{pool}:%' "
+        "AND state = 'active' AND query LIKE 'SELECT pg_sleep(60%'"
+    )
+    return {pid for server in cluster.servers for (pid,) in server.execute(query)}
+
+
+def test_a_worker_that_times_out_in_a_query_leaves_no_session(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
+    """Gunicorn aborts and kills a stuck worker: its session at the server ends within a second, all permits return."""
+    config = example_config(pool_name, servers, read=CAP)
+    options = ("--workers", "2", "--timeout", "2")
+    with (
+        running_gunicorn(tmp_path, pool_name, config, *options) as server,
+        Sampler(servers, pool_name) as sampler,
+        Clients(server, "/slow?ms=60000", 1, often=False) as stuck,
+        Clients(server, "/slow?ms=5", 2) as others,
+    ):
+        wait_until(lambda: stuck_sessions(servers, pool_name), within=10, what=lambda: server.log)
+        victim = busiest(server)
+        wait_until(lambda: start_time(victim) is None, within=10, every=0.005, what=lambda: server.log)
+        died = time.monotonic()
+        wait_until(lambda: not stuck_sessions(servers, pool_name), every=0.005)
+        ended_s = time.monotonic() - died
+        wait_until(lambda: victim not in server.rows() and server.has_no_orphans(), every=0.005)
+        back_s = time.monotonic() - died
+        assert ended_s < 1, f"the session ended {ended_s:.3f} s after its worker"
+        assert back_s < 1, f"its permits were back {back_s:.3f} s after its worker's end"
+        seen = others.served
+        wait_until(lambda: others.served > seen + 50, within=10)
+    print(f"\nworker killed at its timeout: session gone after {ended_s * 1000:.0f} ms, permits {back_s * 1000:.0f} ms")
+    assert len(stuck.failures) == 1
+    assert others.failures == []
+    assert sampler.most <= CAP
+    assert f"WORKER TIMEOUT (pid:{victim})" in server.log
+
+
+def busiest(server: GunicornServer) -> int:
+    """Return the pid of the worker whose checkout is the oldest."""
+    ages = {w.pid: slot.since or 0.0 for w in server.status().workers for slot in w.slots if slot.use is Use.ACTIVE}
+    return max(ages, key=lambda pid: ages[pid])
+
+
+def test_a_killed_masters_workers_leave_nothing(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
+    """SIGKILL of the master under load: its workers end when they notice, the coordinator follows, nothing is left."""
+    config = example_config(pool_name, servers, read=CAP, linger="1s")
+    with (
+        running_gunicorn(tmp_path, pool_name, config, "--workers", "2", "--timeout", "2") as server,
+        Sampler(servers, pool_name) as sampler,
+    ):
+        use_all_workers(server)
+        coordinator = request(server.names, "info")["pid"]
+        workers = server.workers()
+        with Clients(server, "/slow?ms=5", 4) as clients:
+            wait_until(lambda: clients.served > 50, within=10)
+            os.kill(server.pid, signal.SIGKILL)
+            seen = clients.served
+            wait_until(lambda: clients.served > seen + 20, within=10)  # a busy sync worker does not look up
+        wait_until(lambda: not any(start_time(pid) for pid in workers), within=10, what=lambda: server.log)
+        wait_until(lambda: start_time(coordinator) is None, within=10)
+        assert server.names.leftovers() == []
+        for postgres in servers.servers:
+            assert sessions(postgres, pool_name) == []
+    assert sampler.most <= CAP
 
 
 def test_hooks_chain_with_the_users_own(servers: Cluster, pool_name: str, tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shmpool import Pool
 from shmpool.attachment import Attachment
+from tests.support.coordinator import CoordinatorProcess
+from tests.support.waiting import wait_until
 
 
 class RaisedByHandlerError(BaseException):
@@ -60,3 +64,22 @@ def test_handler_that_raises_around_a_fork_is_made_good_by_the_next_checkout(
         assert background_of(pool) is None
         with pool.connection("auto"):
             assert background_of(pool) is not None
+
+
+def watched_by(coordinator: int) -> list[int]:
+    """Return the pids of the processes of which a coordinator has a pidfd."""
+    found = []
+    for entry in Path(f"/proc/{coordinator}/fdinfo").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            fields = dict(line.split(":", 1) for line in entry.read_text().splitlines() if ":" in line)
+            if "Pid" in fields:
+                found.append(int(fields["Pid"]))
+    return found
+
+
+def test_coordinator_watches_the_process_as_long_as_it_is_connected(pool: Pool, shared: CoordinatorProcess) -> None:
+    """The end of the process is seen even if something else keeps its connection open; nothing is kept for ever."""
+    with pool.connection("auto"):
+        wait_until(lambda: watched_by(shared.pid) == [os.getpid()], within=10)
+    pool.close()
+    wait_until(lambda: watched_by(shared.pid) == [])

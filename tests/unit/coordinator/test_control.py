@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import selectors
+import signal
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from unittest.mock import Mock
 
 import pytest
 
 from shmpool.control_client import ControlError, request
 from shmpool.frames import MAX_FRAME_BYTES, FrameError, Frames, Message, encode
 from shmpool.names import Names
+from shmpool_coordinator import control
 from shmpool_coordinator.control import Control, Peer, Reply, RequestError
+from tests.support.waiting import wait_until
 
 
 class Desk:
@@ -28,6 +34,7 @@ class Desk:
     def _serve(self, peer: Peer, message: Message) -> Reply | None:
         if message["type"] == "hello":
             peer.row = message["row"]
+            self.control.watch(peer)
             return Reply("welcome", {"pid": 1})
         if message["type"] == "quiet":
             return None
@@ -38,6 +45,15 @@ class Desk:
         for _ in range(5):
             for key, mask in self.selector.select(0.01):
                 key.data(mask)
+
+    def turn_until(self, condition: Callable[[], object]) -> None:
+        """Serve until something holds."""
+
+        def holds() -> bool:
+            self.turn()
+            return bool(condition())
+
+        wait_until(holds)
 
     def connect(self) -> socket.socket:
         """Open a connection."""
@@ -108,6 +124,52 @@ def test_end_of_a_worker_is_told(desk: Desk) -> None:
     desk.turn()
     assert desk.ended == [3]
     assert not desk.control.peers
+
+
+def connected_by_child(desk: Desk, connection: socket.socket, row: int) -> int:
+    """Fork a worker that connects an inherited socket, says hello and stays; return its pid."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            connection.connect(str(desk.names.socket))
+            connection.sendall(encode("hello", row=row))
+            signal.pause()
+        finally:
+            os._exit(1)
+    desk.turn_until(lambda: any(peer.row == row for peer in desk.control.peers))
+    return pid
+
+
+def killed(pid: int) -> None:
+    """Kill a child and wait for its end."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_end_of_a_process_is_told_though_its_connection_stays(desk: Desk) -> None:
+    """A worker whose connection somebody else keeps open: the end of its process is told, once."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as kept:
+        pid = connected_by_child(desk, kept, 5)
+        assert desk.ended == []
+        killed(pid)
+        desk.turn_until(lambda: desk.ended)
+        desk.turn()
+        assert desk.ended == [5]
+        assert len(desk.control.peers) == 1
+
+
+@pytest.mark.parametrize("refusal", [PermissionError(errno.EPERM, "no"), OSError(errno.ENOSYS, "no")], ids=repr)
+def test_without_pidfd_the_connection_has_to_do(
+    desk: Desk, refusal: OSError, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a pidfd is refused one line says so, and the end of the connection is told as ever."""
+    monkeypatch.setattr(control, "_SO_PEERPIDFD", 9999)
+    monkeypatch.setattr(os, "pidfd_open", Mock(side_effect=refusal))
+    with caplog.at_level(logging.DEBUG), desk.connect() as worker:
+        assert desk.exchange(worker, encode("hello", row=3))[0]["type"] == "welcome"
+    desk.turn()
+    assert desk.ended == [3]
+    assert [record.levelname for record in caplog.records] == ["DEBUG"]
 
 
 def test_unasked_messages_go_to_their_rows(desk: Desk) -> None:
