@@ -165,8 +165,8 @@ class Control:
             return
         try:
             peer.process = _open_process(peer)
-        except OSError as error:
-            log.debug("control socket: no pidfd of pid %d: %s", peer.pid, error.strerror or error)
+        except (OSError, AttributeError) as error:  # the latter: a Python built without it
+            log.debug("control socket: no pidfd of pid %d: %s", peer.pid, error)
             return
         self._selector.register(peer.process, selectors.EVENT_READ, lambda _: self._process_ended(peer))
 
@@ -294,7 +294,7 @@ def _open_process(peer: Peer) -> int:
     """Return a pidfd of the process that connected, else of the one that has its pid now.
 
     Raises:
-        OSError: the kernel has none to give, a sandbox refuses it, or the process is gone.
+        OSError, AttributeError: there is none to be had, a sandbox refuses it, or the process is gone.
     """
     with contextlib.suppress(OSError):
         return peer.connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)

@@ -158,9 +158,11 @@ def test_end_of_a_process_is_told_though_its_connection_stays(desk: Desk) -> Non
         assert len(desk.control.peers) == 1
 
 
-@pytest.mark.parametrize("refusal", [PermissionError(errno.EPERM, "no"), OSError(errno.ENOSYS, "no")], ids=repr)
+@pytest.mark.parametrize(
+    "refusal", [PermissionError(errno.EPERM, "no"), OSError(errno.ENOSYS, "no"), AttributeError("no")], ids=repr
+)
 def test_without_pidfd_the_connection_has_to_do(
-    desk: Desk, refusal: OSError, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    desk: Desk, refusal: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where a pidfd is refused one line says so, and the end of the connection is told as ever."""
     monkeypatch.setattr(control, "_SO_PEERPIDFD", 9999)
