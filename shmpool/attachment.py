@@ -27,12 +27,12 @@ from shmpool.background import Background
 from shmpool.errors import DisownedError, MechanismError, SegmentRetiredError, TableFullError
 from shmpool.layout import GROUPS, HEADER, PERMITS, SLOTS, WORKERS
 from shmpool.names import Names
-from shmpool.rows import Locks, Row, leave_row, take_row
+from shmpool.rows import NO_SERVER, Locks, Row, Server, leave_row, take_row
 from shmpool.segment import Segment, attach, private_page
 from shmpool.semaphores import Semaphore
 from shmpool.settings import EndpointSettings, GroupSettings, PoolSettings
 from shmpool.slots import EndpointPermits, GroupPermits, SlotTable, Token
-from shmpool.states import SegmentState
+from shmpool.states import SegmentState, ServerKind
 
 _EVIDENCE_CHARS: Final = 200
 _ROWS_MAX: Final = 16  # rows that one process may take, if one is not enough for its threads
@@ -43,13 +43,18 @@ _registry: dict[tuple[int, Names], Attachment] = {}
 _mapped: weakref.WeakSet[Attachment] = weakref.WeakSet()  # those that left the registry too: frames may still use them
 _paused: list[Attachment] = []  # their background threads stopped for a fork
 _locks: dict[int, threading.RLock] = {}
-_server_generation: int = 0
+_server = NO_SERVER
 
 
-def set_server_generation(generation: int) -> None:
-    """Say which start or reload of the application server this process belongs to, before it attaches."""
-    global _server_generation
-    _server_generation = generation
+def set_server(kind: ServerKind, pid: int, generation: int) -> None:
+    """Say which application server this process works for, before it attaches.
+
+    Args:
+        pid: of the server's master.
+        generation: which start or reload of it; a later one has a larger number.
+    """
+    global _server
+    _server = Server(kind, pid, generation)
 
 
 def _callers(limit: int = 8) -> str:
@@ -188,7 +193,7 @@ class Attachment:
         return self.table.take(group)
 
     def _take_row(self) -> Row:
-        return take_row(self.segment, self.locks, server_generation=_server_generation)
+        return take_row(self.segment, self.locks, server=_server)
 
     def slot_name(self, token: Token) -> tuple[int, int, int]:
         """Return row, generation and slot number within the row: what names a token's session at the server."""

@@ -150,6 +150,8 @@ WORKERS: Final = Table(
         Column("server_generation", "which start or reload of the application server"),
         _time("attached_at", "when the row was taken"),
         Column("uid", "effective user of the owner"),
+        Column("server", "states.ServerKind of the application server that the owner works for"),
+        Column("server_pid", "its master process, in the same pid namespace; 0: none"),
     ),
 )
 

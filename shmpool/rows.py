@@ -40,7 +40,7 @@ from shmpool.errors import (
 from shmpool.layout import SLOT_WORDS, WORKERS
 from shmpool.names import Names
 from shmpool.segment import Segment
-from shmpool.states import SegmentState
+from shmpool.states import SegmentState, ServerKind
 from shmpool.words import FIELDS_MASK, ORPHAN
 
 COORDINATOR_BYTE: Final = 0
@@ -234,6 +234,17 @@ class Locks:
                 del _guards[key]
 
 
+class Server(NamedTuple):
+    """The application server that a process works for."""
+
+    kind: ServerKind
+    pid: int  # of its master
+    generation: int  # which start or reload of it
+
+
+NO_SERVER: Final = Server(ServerKind.NONE, 0, 0)
+
+
 class Row(NamedTuple):
     """A worker row that this process owns, and what its slot words said when it was taken."""
 
@@ -268,7 +279,7 @@ def _candidates(segment: Segment) -> list[int]:
     return [row for _, row in sorted(ranked)]
 
 
-def take_row(segment: Segment, locks: Locks, *, server_generation: int = 0) -> Row:
+def take_row(segment: Segment, locks: Locks, *, server: Server = NO_SERVER) -> Row:
     """Become the owner of a row (PROTOCOL: take row).  Slot words are not touched.
 
     Raises:
@@ -277,7 +288,7 @@ def take_row(segment: Segment, locks: Locks, *, server_generation: int = 0) -> R
     """
     me = Process.current()
     for row in _candidates(segment):
-        taken = _try_take(segment, locks, row, me, server_generation)
+        taken = _try_take(segment, locks, row, me, server)
         if taken is None:
             continue
         if segment.state is not SegmentState.OPEN:
@@ -290,7 +301,7 @@ def take_row(segment: Segment, locks: Locks, *, server_generation: int = 0) -> R
     )
 
 
-def _try_take(segment: Segment, locks: Locks, row: int, me: Process, server_generation: int) -> Row | None:
+def _try_take(segment: Segment, locks: Locks, row: int, me: Process, server: Server) -> Row | None:
     """Become a row's owner unless it has one; an exception in here leaves the row as free as it was."""
     if _is_owner(segment, row, me):
         return None
@@ -300,7 +311,7 @@ def _try_take(segment: Segment, locks: Locks, row: int, me: Process, server_gene
             return None
         try:
             if locks.try_row(row):
-                taken = _enter(segment, row, me, server_generation)
+                taken = _enter(segment, row, me, server)
         finally:
             if taken is None:
                 if _is_owner(segment, row, me):
@@ -314,7 +325,7 @@ def _is_owner(segment: Segment, row: int, me: Process) -> bool:
     return (owner.pid, owner.start) == (me.pid, me.start)
 
 
-def _enter(segment: Segment, row: int, me: Process, server_generation: int) -> Row | None:
+def _enter(segment: Segment, row: int, me: Process, server: Server) -> Row | None:
     """Write the owner into a locked row, unless one of its words is neither FREE nor an orphan's."""
     shape, words = segment.layout, segment.words
     free, away = [], []
@@ -331,7 +342,9 @@ def _enter(segment: Segment, row: int, me: Process, server_generation: int) -> R
     words[at + WORKERS.column("generation")] = generation
     words[at + WORKERS.column("start")] = me.start
     words[at + WORKERS.column("pid_namespace")] = me.namespace
-    words[at + WORKERS.column("server_generation")] = server_generation
+    words[at + WORKERS.column("server_generation")] = server.generation
+    words[at + WORKERS.column("server")] = server.kind
+    words[at + WORKERS.column("server_pid")] = server.pid
     words[at + WORKERS.column("uid")] = os.geteuid()
     segment.times[at + WORKERS.column("attached_at")] = monotonic()
     words[at + WORKERS.column("pid")] = me.pid

@@ -29,6 +29,14 @@ class SegmentState(IntEnum):
     RETIRED = 2  # no new rows; workers leave, the successor opens once it is empty
 
 
+class ServerKind(IntEnum):
+    """Which kind of application server a worker belongs to, as its hooks told."""
+
+    NONE = 0  # no hook: a script, a development server, a server that shmpool has no hooks for
+    GUNICORN = 1
+    UWSGI = 2
+
+
 class Health(IntEnum):
     """What the probes say of an endpoint."""
 

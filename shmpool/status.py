@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from shmpool.invariants import check
 from shmpool.settings import EndpointSettings, GroupSettings
-from shmpool.states import Admin, Health, Role, SegmentState, Use, Verdict
+from shmpool.states import Admin, Health, Role, SegmentState, ServerKind, Use, Verdict
 from shmpool.views import PermitRow, PoolView, SlotRow, WorkerRow
 from shmpool.words import NONE, YES, Kind, Status
 
@@ -161,6 +161,8 @@ class WorkerReport:
     row: int
     pid: int
     generation: int
+    server: ServerKind
+    server_pid: int
     server_generation: int
     age: float | None
     state: RowState
@@ -308,6 +310,11 @@ def _is_live(view: PoolView, coordinator: CoordinatorReport) -> bool:
     return coordinator.pid is not None and age is not None and age <= view.settings.stale_after
 
 
+def _server_kind(code: int) -> ServerKind:
+    """Return the kind that a worker row names; a code that a damaged or later row holds is none that we know."""
+    return ServerKind(code) if code < len(ServerKind) else ServerKind.NONE
+
+
 def _worker(view: PoolView, facts: Facts, names: _Names, row: WorkerRow) -> WorkerReport:
     slots = tuple(_slot(view, names, slot) for slot in row.slots)
     own = [slot for slot in slots if slot.is_held and not slot.is_orphan]
@@ -323,6 +330,8 @@ def _worker(view: PoolView, facts: Facts, names: _Names, row: WorkerRow) -> Work
         row=row.number,
         pid=row.values["pid"],
         generation=row.values["generation"],
+        server=_server_kind(row.values["server"]),
+        server_pid=row.values["server_pid"],
         server_generation=row.values["server_generation"],
         age=_age(view, row.values["attached_at"]) if state is not RowState.FREE else None,
         state=state,

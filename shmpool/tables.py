@@ -286,7 +286,8 @@ def _workers(workers: Sequence[WorkerReport], with_all: bool) -> RenderableType:
         "\nworkers",
         ">row",
         ">pid",
-        ">server gen",
+        "server",
+        ">generation",
         ">age",
         "lock",
         ">held",
@@ -300,7 +301,8 @@ def _workers(workers: Sequence[WorkerReport], with_all: bool) -> RenderableType:
         table.add_row(
             str(w.row),
             str(w.pid) if w.pid else "-",
-            str(w.server_generation),
+            _server(w),
+            str(w.server_generation) if w.server_generation else "-",
             duration(w.age),
             Text(w.state.value, "bold red" if is_odd else ""),
             str(w.held),
@@ -310,6 +312,10 @@ def _workers(workers: Sequence[WorkerReport], with_all: bool) -> RenderableType:
             str(w.orphans),
         )
     return Group(table, _left_out(left_out, "workers")) if left_out else table
+
+
+def _server(worker: WorkerReport) -> str:
+    return f"{worker.server.name.lower()} {worker.server_pid}" if worker.server else "-"
 
 
 def _first(workers: list[WorkerReport], with_all: bool) -> tuple[list[WorkerReport], int]:

@@ -30,13 +30,14 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from shmpool.attachment import set_server_generation
+from shmpool.attachment import set_server
 from shmpool.clock import monotonic
 from shmpool.control_client import tell
 from shmpool.errors import MechanismError
 from shmpool.launch import CONFIG_VARIABLE, ensure_coordinator, names_in
 from shmpool.names import Names
 from shmpool.pool import close_all
+from shmpool.states import ServerKind
 
 __all__ = ["child_exit", "on_reload", "on_starting", "post_fork", "worker_exit"]
 
@@ -95,7 +96,7 @@ def on_reload(server: Arbiter) -> None:
 
 def post_fork(server: Arbiter, worker: Worker) -> None:
     """Tell the pool which start or reload this worker belongs to.  Runs in the worker; nothing is attached."""
-    set_server_generation(_generation)
+    set_server(ServerKind.GUNICORN, os.getppid(), _generation)
 
 
 def worker_exit(server: Arbiter, worker: Worker) -> None:

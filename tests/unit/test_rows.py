@@ -12,9 +12,9 @@ import pytest
 from shmpool.errors import SegmentMismatchError, SegmentRetiredError, TableFullError
 from shmpool.layout import SLOT_WORDS, WORKERS, Layout
 from shmpool.names import Names
-from shmpool.rows import Locks, Process, Row, create_lock_file, leave_row, owner_of, start_time, take_row
+from shmpool.rows import Locks, Process, Row, Server, create_lock_file, leave_row, owner_of, start_time, take_row
 from shmpool.segment import Segment, create
-from shmpool.states import SegmentState
+from shmpool.states import SegmentState, ServerKind
 from shmpool.words import MAYBE, ORPHAN, SEQ_ONE, YES, endpoint_part, group_part
 from shmpool_coordinator.reaper import Reaper
 from tests.support.pools import remove_all, unique_names
@@ -86,10 +86,11 @@ def test_row_names_its_owner_and_slots_stay_untouched(pool: tuple[Segment, Locks
     for slot in range(9):
         store(segment, slot, (slot + 1) * SEQ_ONE)
     before = slot_words(segment)
-    row = take_row(segment, locks, server_generation=7)
+    row = take_row(segment, locks, server=Server(ServerKind.GUNICORN, 70, 7))
     assert row == Row(0, 1, (0, 1, 2), ())
     assert owner_of(segment, 0) == Process.current()
-    assert segment.words[segment.layout.at(WORKERS, 0, "server_generation")] == 7
+    told = [segment.words[segment.layout.at(WORKERS, 0, c)] for c in ("server", "server_pid", "server_generation")]
+    assert told == [ServerKind.GUNICORN, 70, 7]
     assert slot_words(segment) == before
 
 

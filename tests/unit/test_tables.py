@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 
 from shmpool import tables
-from shmpool.states import SegmentState, Use
+from shmpool.states import SegmentState, ServerKind, Use
 from shmpool.status import Level, Report, RowState, SlotReport, WorkerReport
 
 ROWS, PER_ROW = 200, 4
 SLOT = SlotReport(0, "(g0,e0)", Use.IDLE, "read", "pg1", True, False, False, 1, 1.0, 1.0, 1)
-WORKER = WorkerReport(0, 1, 1, 1, 1.0, RowState.HELD, PER_ROW, PER_ROW, 0, 0, 0, (SLOT,) * PER_ROW)
+WORKER = WorkerReport(
+    0, 1, 1, ServerKind.GUNICORN, 7, 1, 1.0, RowState.HELD, PER_ROW, PER_ROW, 0, 0, 0, (SLOT,) * PER_ROW
+)
 
 
 def drawn(*, with_all: bool) -> str:

@@ -24,7 +24,7 @@ from shmpool import views
 from shmpool.layout import PERMITS, SLOT_WORDS, SLOTS, USE_WORDS
 from shmpool.names import Names
 from shmpool.observation import observe
-from shmpool.rows import Locks, Process, _enter
+from shmpool.rows import NO_SERVER, Locks, Process, _enter
 from shmpool.segment import Segment, attach
 from shmpool.semaphores import Semaphore
 from shmpool.slots import EndpointPermits, GroupPermits, SlotTable, Token
@@ -123,7 +123,7 @@ class _Holder:
         self.table = SlotTable(segment, memoryview(bytearray(8 * (ROWS + 1))).cast("Q"))  # it does not fork
         me = Process.current()
         for number in range(ROWS):
-            row = _enter(segment, number, me, 0) if locks.try_row(number) else None
+            row = _enter(segment, number, me, NO_SERVER) if locks.try_row(number) else None
             if row is None:
                 raise ChaosError(f"worker row {number} is not free")
             self.table.add_row(row)

@@ -14,7 +14,8 @@ import pytest
 
 from shmpool.control_client import request
 from shmpool.rows import start_time
-from shmpool.states import Use
+from shmpool.states import ServerKind, Use
+from shmpool.status import RowState
 from tests.support.gunicorn import Clients, GunicornServer, example_config, running_gunicorn
 from tests.support.waiting import wait_until
 from tests.support.workers import sessions
@@ -97,6 +98,8 @@ def test_reads_reach_the_replica_and_writes_the_primary(
         assert server.request("/")[1]["role"] == "replica"
         use_all_workers(server)
         assert len(set(server.rows().values())) == 1, "workers of one start have one server generation"
+        held = [w for w in server.status().workers if w.state is RowState.HELD]
+        assert {(w.server, w.server_pid) for w in held} == {(ServerKind.GUNICORN, server.pid)}
         assert server.is_whole()
         assert server.status().violations == ()
     assert "Traceback" not in server.log
