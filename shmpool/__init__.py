@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from shmpool.connection import Connection as Connection
     from shmpool.handle import Handle as Handle
     from shmpool.pool import Pool as Pool
+    from shmpool.pool_errors import ConfigurationDiffers as ConfigurationDiffers
     from shmpool.pool_errors import ConnectionGivenBackError as ConnectionGivenBackError
     from shmpool.pool_errors import CoordinatorNotRunning as CoordinatorNotRunning
     from shmpool.pool_errors import NoEligibleEndpoint as NoEligibleEndpoint
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from shmpool.pool_errors import WouldBlockEventLoop as WouldBlockEventLoop
 
 _HOMES: Final = {
+    "ConfigurationDiffers": "shmpool.pool_errors",
     "Connection": "shmpool.connection",
     "ConnectionGivenBackError": "shmpool.pool_errors",
     "CoordinatorNotRunning": "shmpool.pool_errors",

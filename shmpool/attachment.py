@@ -7,7 +7,7 @@ Assumptions: the lock file is opened by rows.py alone.
 
 If the process dies.  The kernel drops the row's lock, the coordinator reaps the row.
 Fork.  `_before_fork` runs in the parent of every fork: attachments that can, detach entirely (a pre-loading master
-    then holds nothing); `_after_fork_in_child` releases the views and closes the semaphores in the child, so that a
+    then holds nothing); `forget_parent` releases the views and closes the semaphores in the child, so that a
     copied frame fails instead of doing harm.  Where no at-fork handlers run (uWSGI), the private page reads zero in the
     child, and the process id in the registry's keys keeps the parent's attachments out of reach.
 """
@@ -19,15 +19,18 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 from shmpool import semaphores
-from shmpool.background import Background
+from shmpool.background import Background, Rounds
+from shmpool.clock import monotonic
+from shmpool.control_client import tell
 from shmpool.errors import DisownedError, MechanismError, SegmentRetiredError, TableFullError
+from shmpool.frames import encode
 from shmpool.layout import GROUPS, HEADER, PERMITS, SLOTS, WORKERS
 from shmpool.names import Names
-from shmpool.rows import NO_SERVER, Locks, Row, Server, leave_row, take_row
+from shmpool.rows import NO_SERVER, Locks, Row, Server, coordinator_pid, leave_row, take_row
 from shmpool.segment import Segment, attach, private_page
 from shmpool.semaphores import Semaphore
 from shmpool.settings import EndpointSettings, GroupSettings, PoolSettings
@@ -38,12 +41,20 @@ _EVIDENCE_CHARS: Final = 200
 _ROWS_MAX: Final = 16  # rows that one process may take, if one is not enough for its threads
 
 BACKGROUND_STOP_S: Final = 2.0
+TELL_S: Final = 0.1  # what handing passwords over may take
+MISSED_ANEW_S: Final = 10.0  # a coordinator that nobody has missed for so long is missed anew
+SERVER_RELOADS_S: Final = 60.0  # what an application server has to start its coordinator again: the bound of a reload
 
 _registry: dict[tuple[int, Names], Attachment] = {}
 _mapped: weakref.WeakSet[Attachment] = weakref.WeakSet()  # those that left the registry too: frames may still use them
 _paused: list[Attachment] = []  # their background threads stopped for a fork
 _locks: dict[int, threading.RLock] = {}
 _server = NO_SERVER
+_has_threads = True
+_passing_pid = 0  # of a process that attaches only on its way to a fork
+_has_own_coordinator = False  # the application server
+_told: set[Names] = set()  # pools that this process was seen to use on its way to a fork
+_missed = (0.0, float("-inf"))  # when a coordinator was first and last missed
 
 
 def set_server(kind: ServerKind, pid: int, generation: int) -> None:
@@ -55,6 +66,39 @@ def set_server(kind: ServerKind, pid: int, generation: int) -> None:
     """
     global _server
     _server = Server(kind, pid, generation)
+
+
+def be_without_threads() -> None:
+    """Start no background thread, in this process and its children: `do_rounds` does its work."""
+    global _has_threads
+    _has_threads = False
+
+
+def pass_through() -> None:
+    """Keep nothing between checkin and checkout, neither connection nor row; children are not meant.
+
+    For a master that cannot give back before it forks, as it runs no at-fork handlers.
+    """
+    global _passing_pid
+    _passing_pid = os.getpid()
+
+
+def leave_starting_to_server() -> None:
+    """Give the application server time to start a coordinator before workers do: this process and its children."""
+    global _has_own_coordinator
+    _has_own_coordinator = True
+
+
+def is_server_starting(within: float) -> bool:
+    """Whether the application server still has time to start a coordinator.  Asked while one is missing.
+
+    Args:
+        within: seconds that it has from the first time on.
+    """
+    global _missed
+    now, (first, last) = monotonic(), _missed
+    _missed = (now if now - last >= MISSED_ANEW_S else first, now)
+    return _has_own_coordinator and now - _missed[0] < within
 
 
 def _callers(limit: int = 8) -> str:
@@ -73,6 +117,9 @@ def _callers(limit: int = 8) -> str:
 class Resting(Protocol):
     """What keeps idle connections through an attachment: a pool."""
 
+    def read_passwords(self) -> Mapping[str, str]:
+        """Return what a coordinator is told that has its configuration from a process, by endpoint."""
+
     def rest(self) -> int:
         """Give them all back; return how many there were."""
 
@@ -90,11 +137,12 @@ class Attachment:
         self.segment = segment
         self.locks = locks
         self.pid = os.getpid()
+        self.keeps_nothing = _passing_pid == self.pid
         self.page = private_page()
         self.table = SlotTable(segment, self.page, token_type)
         self.opened_by = _callers()
         self.users: weakref.WeakSet[Resting] = weakref.WeakSet()  # pools with idle connections here
-        self._background: Background | None = None
+        self._background: Background | Rounds | None = None
         self._semaphores: dict[str, Semaphore] = {}
         self._rows = threading.Lock()
         self.config_generation = 0
@@ -125,6 +173,14 @@ class Attachment:
     def is_retired(self) -> bool:
         """Whether the segment takes nobody in any more: this process gives back what it holds, and leaves."""
         return bool(self.page[0] and self.segment.words[self._state_at] == SegmentState.RETIRED)
+
+    def is_served(self) -> bool:
+        """Whether a coordinator has the pool that has also taken the segment over, and published what it was given."""
+        try:
+            pid = coordinator_pid(self.names)
+        except MechanismError:
+            return False
+        return pid is not None and pid in (0, self.segment.header("coordinator_pid"))  # 0: it cannot be seen
 
     def is_outdated(self) -> bool:
         """Whether a newer configuration was published."""
@@ -205,11 +261,21 @@ class Attachment:
         return token.detail_at + SLOTS.column(column)
 
     def start_background(self) -> None:
-        """Start the background thread, if it does not run (first use in a process)."""
-        if self._background is None:
+        """Start the background thread, if it does not run (first use in a process), or what stands in for it."""
+        if self._background is None and not self.keeps_nothing:
             with self._rows:
                 if self._background is None:
-                    self._background = Background(self.names, self._hello, self._look, self._seek_coordinator)
+                    if _has_threads:
+                        self._background = Background(self.names, self._greetings, self._look, self._seek_coordinator)
+                    else:
+                        self._background = Rounds(
+                            self._look, self._seek_coordinator, lambda: is_coordinated(self.names), self._hand_over
+                        )
+
+    def do_round(self) -> None:
+        """Do what is due of the background thread's work, where that does not run."""
+        if isinstance(self._background, Rounds):
+            self._background.go()
 
     def stop_background(self, within: float = BACKGROUND_STOP_S) -> bool:
         """End the background thread (before a fork, at exit); return whether there was one."""
@@ -218,17 +284,29 @@ class Attachment:
             background.stop(within)
         return background is not None
 
-    def _hello(self) -> dict[str, int]:
+    def _greetings(self) -> bytes:
         row = self.table.rows[0]
-        return {"pid": self.pid, "row": row.number, "generation": row.generation}
+        said = encode("hello", pid=self.pid, row=row.number, generation=row.generation)
+        return said + b"".join(encode("passwords", passwords=passwords) for passwords in self._passwords())
+
+    def _hand_over(self) -> None:
+        """Tell the coordinator the passwords, where no control connection does."""
+        for passwords in self._passwords():
+            with contextlib.suppress(MechanismError):
+                tell(self.names, "passwords", TELL_S, passwords=passwords)
+
+    def _passwords(self) -> list[Mapping[str, str]]:
+        return [passwords for user in list(self.users) if (passwords := user.read_passwords())]
 
     def _look(self) -> None:
         for user in list(self.users):
             user.look_after_idle()
 
     def _seek_coordinator(self) -> None:
-        if self.settings.autostart and not is_coordinated(self.names):
-            for user in list(self.users)[:1]:
+        if not self.settings.autostart or is_coordinated(self.names):
+            return
+        if self.settings.document or not is_server_starting(SERVER_RELOADS_S):
+            for user in list(self.users):  # not each of them need know how
                 user.start_coordinator()
 
     def say_waiting(self, group: int) -> None:
@@ -269,7 +347,7 @@ class Attachment:
 
     def leave_when_due(self) -> bool:
         """Leave if nobody uses the attachment any more, or nobody should; called whenever something came back."""
-        if (self.users and self.is_current()) or not self.leave():
+        if (self.users and self.is_current() and not self.keeps_nothing) or not self.leave():
             return False
         self.stop_background(within=0.0)  # not to be waited for: it may be waiting for the caller
         return True
@@ -331,6 +409,12 @@ def join(names: Names, token_type: type[Token] = Token) -> Attachment:
             row = attachment._take_row()
             attachment.table.add_row(row)
             _registry[pid, names] = attachment
+            if attachment.keeps_nothing and names not in _told:
+                _told.add(names)
+                _warn(
+                    f"pool {names.pool}: used in pid {pid} before it forks; nothing is kept for its children, each "
+                    f"connection is closed at checkin. It is used by:\n{attachment.opened_by}"
+                )
         except MechanismError as error:
             is_retired = segment.state is SegmentState.RETIRED  # its names may be gone, in the middle of all this
             segment.release()
@@ -358,6 +442,12 @@ def attached() -> Sequence[Attachment]:
     """Return this process's attachments, those to retired segments that it still holds something of included."""
     pid = os.getpid()
     return [a for a in list(_mapped) if a.pid == pid and a.page[0] and a.table.rows]
+
+
+def do_rounds() -> None:
+    """Do what is due of the background threads' work, where none runs; to be called often."""
+    for attachment in attached():
+        attachment.do_round()
 
 
 def _before_fork() -> None:
@@ -391,14 +481,17 @@ def _after_fork_in_parent() -> None:
             attachment.start_background()
 
 
-def _after_fork_in_child() -> None:
-    """Runs in the child, after every fork."""
-    for attachment in list(_mapped):
+def forget_parent() -> None:
+    """Let go of what was copied from the parent (child of a fork, as soon as possible; once more: nothing)."""
+    me = os.getpid()
+    for attachment in [a for a in list(_mapped) if a.pid != me]:
         attachment.forget_in_child()
-    _mapped.clear()
+        _mapped.discard(attachment)
+    for key in [key for key in _registry if key[0] != me]:
+        del _registry[key]
+    for pid in [pid for pid in _locks if pid != me]:
+        del _locks[pid]
     _paused.clear()
-    _registry.clear()
-    _locks.clear()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=forget_parent)

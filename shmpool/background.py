@@ -30,12 +30,14 @@ RETRY_MIN_S: Final = 0.2
 RETRY_MAX_S: Final = 5.0
 ALONE_S: Final = 5.0  # without a coordinator: whoever restarts it (a service manager) goes first
 
+ROUND_S: Final = 0.1  # between two looks where there are no threads
+
 
 class Background:
     """One thread of one attachment.
 
     Args:
-        hello: what to say on connecting: names the process and its row.
+        greetings: messages to begin a connection with, encoded: the first names the process and its row.
         look: called in the thread after a message from the coordinator, and every SWEEP_S.
         alone: called in the thread, again and again, when no coordinator has answered for ALONE_S.
     """
@@ -43,12 +45,12 @@ class Background:
     def __init__(
         self,
         names: Names,
-        hello: Callable[[], dict[str, Any]],
+        greetings: Callable[[], bytes],
         look: Callable[[], None],
         alone: Callable[[], None] = lambda: None,
     ) -> None:
         self._names = names
-        self._hello = hello
+        self._greetings = greetings
         self._look = look
         self._alone = alone
         self._alone_since = monotonic()
@@ -104,7 +106,7 @@ class Background:
     def _connect(self) -> None:
         try:
             connection = connect(self._names, CONNECT_TIMEOUT_S)
-            connection.sendall(encode("hello", **self._hello()))
+            connection.sendall(self._greetings())
         except (ControlError, OSError):
             self._retry_s = min(RETRY_MAX_S, self._retry_s * 2)
             self._retry_at = monotonic() + self._retry_s * (0.5 + chance() / 2)
@@ -145,3 +147,54 @@ class Background:
         self._retry_at = monotonic() + RETRY_MIN_S * chance()
         if connection is not None:
             connection.close()
+
+
+class Rounds:
+    """What stands in for the thread where threads do not run: whoever calls `go` does what is due.
+
+    There is no control connection: what the coordinator asks for is in the tables, and it looks by itself.
+
+    Args:
+        look, alone: as of Background, but called by `go`.
+        is_coordinated: tells whether there is a coordinator.
+        greet: called when one is there that was not.
+    """
+
+    def __init__(
+        self,
+        look: Callable[[], None],
+        alone: Callable[[], None],
+        is_coordinated: Callable[[], bool],
+        greet: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._look = look
+        self._alone = alone
+        self._is_coordinated = is_coordinated
+        self._greet = greet
+        self._is_greeted = False
+        self._next_look = 0.0
+        self._alone_since = monotonic()
+
+    def go(self) -> None:
+        """Look after what there is, if the last time is ROUND_S ago."""
+        now = monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + ROUND_S
+        self._look()
+        if self._is_coordinated():
+            self._alone_since = now
+            if not self._is_greeted:
+                self._is_greeted = True
+                self._greet()
+            return
+        self._is_greeted = False
+        if now - self._alone_since >= ALONE_S:
+            self._alone()
+
+    def say(self, kind: str, **fields: Any) -> None:
+        """Tell nobody."""
+
+    def stop(self, within: float) -> bool:
+        """Nothing runs."""
+        return True

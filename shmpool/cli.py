@@ -18,7 +18,7 @@ from shmpool.attachment import is_coordinated
 from shmpool.control_client import ControlError, request
 from shmpool.errors import MechanismError
 from shmpool.layout import Layout
-from shmpool.names import Names
+from shmpool.names import Names, uid_of
 from shmpool.observation import observe, pools_of
 from shmpool.segment import attach
 from shmpool.states import SegmentState
@@ -155,10 +155,11 @@ def _parser() -> argparse.ArgumentParser:
     slots.set_defaults(run=_show, is_slots_only=True)
 
     listing = add("list", "list the user's pools")
+    _add_user(listing)
     listing.set_defaults(run=_list)
 
     retire = add("retire", "replace a pool's segment by a new one, without stopping its workers", _RETIRE_TEXT)
-    retire.add_argument("name", nargs="?", metavar="NAME", help="the pool")
+    _add_name(retire)
     retire.add_argument(
         "--within",
         type=_seconds,
@@ -170,12 +171,12 @@ def _parser() -> argparse.ArgumentParser:
     retire.set_defaults(run=_retire)
 
     repair = add("repair", "say what audits find out of bounds and, with --yes, bring it in line", _REPAIR_TEXT)
-    repair.add_argument("name", nargs="?", metavar="NAME", help="the pool")
+    _add_name(repair)
     repair.add_argument("--yes", action="store_true", help="do it; without: only say what would be done")
     repair.set_defaults(run=_repair)
 
     cleanup = add("cleanup", "list and, with --yes, remove what is left of a pool that nobody uses", _CLEANUP_TEXT)
-    cleanup.add_argument("name", nargs="?", metavar="NAME", help="the pool")
+    _add_name(cleanup)
     cleanup.add_argument("--all", action="store_true", help="every pool of this user")
     cleanup.add_argument("--yes", action="store_true", help="remove it; without: only list it")
     cleanup.set_defaults(run=_cleanup)
@@ -193,8 +194,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_reading(parser: argparse.ArgumentParser) -> None:
+def _add_name(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="the pool")
+    _add_user(parser)
+
+
+def _add_user(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--user", type=_user, default=os.geteuid(), metavar="USER", help="whose: a name or uid (default: yours)"
+    )
+
+
+def _user(text: str) -> int:
+    try:
+        return uid_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    _add_name(parser)
     parser.add_argument("--json", action="store_true", help="print JSON; names are stable within one `schema`")
     parser.add_argument(
         "--watch",
@@ -223,8 +242,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _find_names(name: str | None) -> Names:
-    """Return the names of the pool that is meant.
+def _find_names(name: str | None, uid: int) -> Names:
+    """Return the names of a user's pool that is meant.
 
     Raises:
         UsageError: the name is not allowed, or several pools could be meant.
@@ -232,7 +251,6 @@ def _find_names(name: str | None) -> Names:
     """
     name = name or os.environ.get("SHMPOOL_NAME")
     if not name:
-        uid = os.geteuid()
         pools = pools_of(uid)
         if not pools:
             raise NoPoolError(f"uid {uid} has no pool; start its coordinator: shmpool-coordinator run --config FILE")
@@ -240,14 +258,14 @@ def _find_names(name: str | None) -> Names:
             raise UsageError(f"uid {uid} has the pools {', '.join(pools)}: give a NAME or set SHMPOOL_NAME")
         name = pools[0]
     try:
-        return Names.of(name)
+        return Names.of(name, uid)
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
 def _show(options: argparse.Namespace) -> int:
     """Show a pool, again and again with `--watch`."""
-    names = _find_names(options.name)
+    names = _find_names(options.name, options.user)
     if options.json:
         return _show_json(names, options.watch)
 
@@ -279,20 +297,20 @@ def _drawing(report: Report, options: argparse.Namespace) -> RenderableType:
     return tables.whole(report, with_slots=with_slots, with_all=options.all)
 
 
-def _list(_: argparse.Namespace) -> int:
+def _list(options: argparse.Namespace) -> int:
     from shmpool import tables
 
-    reports = [observe(Names.of(name)) for name in pools_of(os.geteuid())]
+    reports = [observe(Names.of(name, options.user)) for name in pools_of(options.user)]
     if reports:
         tables.print_pools(reports)
     else:
-        print(f"uid {os.geteuid()} has no pool")
+        print(f"uid {options.user} has no pool")
     return 0
 
 
 def _retire(options: argparse.Namespace) -> int:
     """Have the segment retired, and wait for its successor."""
-    names = _find_names(options.name)
+    names = _find_names(options.name, options.user)
     try:
         old = request(names, "retire")["token"]
     except ControlError as error:
@@ -326,7 +344,7 @@ def _is_succeeded(names: Names, old: str) -> bool:
 
 def _repair(options: argparse.Namespace) -> int:
     """Have the coordinator say, or do, what brings impossible counts in line."""
-    names = _find_names(options.name)
+    names = _find_names(options.name, options.user)
     try:
         repairs = request(names, "repair", apply=options.yes)["repairs"]
         for line in repairs:
@@ -352,8 +370,9 @@ def _cleanup(options: argparse.Namespace) -> int:
 
     if options.all and options.name:
         raise UsageError("cleanup: give a NAME or --all, not both")
-    uid = os.geteuid()
-    pools = [Names.of(name) for name in cleanup.pools_with_remains(uid)] if options.all else [_find_names(options.name)]
+    uid = options.user
+    remains = cleanup.pools_with_remains(uid) if options.all else []
+    pools = [Names.of(name, uid) for name in remains] if options.all else [_find_names(options.name, uid)]
     code = 0
     for names in pools:
         before = cleanup.look(names)

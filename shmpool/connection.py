@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import socket
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Self
 
 import psycopg2
@@ -32,11 +33,17 @@ from psycopg2.extensions import (
 )
 
 from shmpool.clock import monotonic
-from shmpool.settings import EndpointSettings, GroupSettings
+from shmpool.credentials import Secrets
+from shmpool.settings import Credentials, EndpointSettings, GroupSettings
 from shmpool.states import Role
 
 CLOSE_BOUND_S: Final = 0.5  # a server needs about a millisecond; past this the slot is left to the coordinator
 APPLICATION_NAME_BYTES: Final = 63  # what PostgreSQL keeps of it
+_NO_CREDENTIALS: Final = Credentials("", (), "")
+# A server answered: it refused (libpq puts two spaces behind the severity, which servers translate), or it asked for a
+# password and there was none.
+_REFUSAL: Final = re.compile(r":  \S|no password supplied")
+_MASKED: Final = ("password", "sslpassword")
 _PENDING_READS: Final = 4
 _PRUNE_AT: Final = 64  # cursors remembered before the dead ones are forgotten
 _RESETS: Final = {
@@ -59,6 +66,15 @@ class Connection(connection):
         self.opened_at = monotonic()
         self.is_cut = False
         self.opened_encoding = self.encoding
+
+    def __repr__(self) -> str:
+        return f"<connection object at {id(self):#x}; dsn: '{self.dsn}', closed: {self.closed}>"
+
+    @property
+    def dsn(self) -> str:
+        """As psycopg2's, which masks the password; here every secret is masked."""
+        keywords = parse_dsn(super().dsn or "")
+        return str(make_dsn(**keywords | {keyword: "xxx" for keyword in _MASKED if keyword in keywords}))
 
     def close(self) -> None:
         """Refuse: the slot's permits must go back too.  Close the handle that checkout returned."""
@@ -132,9 +148,14 @@ def make_recipe(
     cursor_factory: type[cursor] | None,
     on_connect: Callable[[Any], None] | None,
 ) -> Recipe:
-    """Lay a group's conninfo and settings over an endpoint's."""
+    """Lay a group's conninfo and settings over an endpoint's.
+
+    Another user of the group has another password than the endpoint's: libpq finds it its own ways.
+    """
     merged: dict[str, Any] = parse_dsn(endpoint.conninfo)
     overlay = parse_dsn(group.conninfo) if group.conninfo else {}
+    if overlay.get("user", merged.get("user")) != merged.get("user"):
+        endpoint = endpoint._replace(credentials=_NO_CREDENTIALS)
     given = " ".join(filter(None, (merged.get("options"), overlay.pop("options", None))))
     merged.update(overlay)
     options = " ".join(filter(None, (given, _options(group))))
@@ -173,9 +194,13 @@ def application_name(prefix: str, pool: str, row: int, generation: int, slot: in
 
 
 class ConnectFailedError(OperationalError):
-    """psycopg2 could not connect.  `is_over` tells whether the server surely has no session of it."""
+    """psycopg2 could not connect.
 
-    def __init__(self, message: str, *, is_over: bool) -> None:
+    `is_refused`: a server answered, and does not want it so.  `is_over`: surely no server has a session of it.
+    """
+
+    def __init__(self, message: str, *, is_refused: bool = False, is_over: bool = False) -> None:
+        self.is_refused = is_refused
         self.is_over = is_over
         super().__init__(message)
 
@@ -184,7 +209,7 @@ class WrongRoleError(OperationalError):
     """The server is in another role than the group needs."""
 
 
-def open_connection(recipe: Recipe, name: str, secrets: Mapping[str, str]) -> Connection:
+def open_connection(recipe: Recipe, name: str, secrets: Secrets) -> Connection:
     """Open a connection under an application name.
 
     Settings go as start-up options and psycopg2 session flags: no round trip beside libpq's own.
@@ -202,10 +227,13 @@ def open_connection(recipe: Recipe, name: str, secrets: Mapping[str, str]) -> Co
         )
     except OperationalError as error:
         told = str(error).strip()
-        over = "FATAL:" in told or "Connection refused" in told
-        raise ConnectFailedError(f"endpoint {recipe.endpoint.name!r}: {told}", is_over=over) from None
-    assert isinstance(conn, Connection)
-    return conn
+    else:
+        assert isinstance(conn, Connection)
+        return conn
+    # Not in the handler: the driver's exception has frames with the password, and would come along as the context.
+    is_refused = _REFUSAL.search(told) is not None
+    is_over = is_refused or "Connection refused" in told
+    raise ConnectFailedError(f"endpoint {recipe.endpoint.name!r}: {told}", is_refused=is_refused, is_over=is_over)
 
 
 def prepare(conn: Connection, recipe: Recipe) -> None:

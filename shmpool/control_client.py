@@ -6,15 +6,18 @@ Blocking, with a deadline.  A connection belongs to one process and one thread a
 from __future__ import annotations
 
 import socket
+import struct
 import time
 from typing import Any, Final
 
+from shmpool import access
 from shmpool.errors import MechanismError
 from shmpool.frames import Frames, Message, encode
 from shmpool.names import Names
 
 UNASKED: Final = frozenset({"recall", "config"})  # what the coordinator sends of its own accord
 _CHUNK_BYTES: Final = 16 * 1024
+_CREDENTIALS: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
 class ControlError(MechanismError):
@@ -25,18 +28,31 @@ def connect(names: Names, timeout: float) -> socket.socket:
     """Open a connection to the pool's coordinator.
 
     Raises:
-        ControlError: nobody listens.
+        ControlError: nobody listens, this process is not let in, or who listens is another user than the pool's.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     connection.settimeout(timeout)
     try:
         connection.connect(str(names.socket))
+    except PermissionError as error:
+        connection.close()
+        raise ControlError(
+            str(access.refusal(f"control socket {names.socket}", names.socket, error.strerror))
+        ) from None
     except OSError as error:
         connection.close()
         raise ControlError(
             f"pool {names.pool!r}: no coordinator listens on {names.socket} ({error.strerror or error}); "
             f"is one running for uid {names.uid}?"
         ) from None
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(raw)
+    if uid != names.uid:
+        connection.close()
+        raise ControlError(
+            f"control socket {names.socket}: uid {uid} (pid {pid}) listens, expected uid {names.uid}; it is not the "
+            "pool's coordinator: remove it as its owner, or as root"
+        )
     return connection
 
 

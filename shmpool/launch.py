@@ -1,4 +1,4 @@
-"""Start a coordinator for a pool, as a program of its own.
+"""Start a coordinator for a pool, as a program of its own: on a file, or on what this process knows (document.py).
 
 The coordinator is never imported: it runs in its own process session, with no inherited descriptor, and outlives
 whoever started it.  Whether it came up is read from the lock file and the segment, never from an exit status: an
@@ -21,14 +21,15 @@ import tempfile
 import threading
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, NamedTuple
 
+from shmpool.document import Document
 from shmpool.endpoints import heartbeat_age
-from shmpool.errors import MechanismError, SegmentMissingError
-from shmpool.names import Names
-from shmpool.rows import Locks
+from shmpool.errors import MechanismError
+from shmpool.names import SHM_DIR, Names
+from shmpool.rows import coordinator_pid
 from shmpool.segment import attach
 from shmpool.states import SegmentState
 
@@ -49,8 +50,22 @@ class LaunchError(MechanismError):
     """No coordinator came up; the message says why."""
 
 
+class _Origin(NamedTuple):
+    """What a coordinator is to be configured with."""
+
+    told: str  # in messages
+    raw: Mapping[str, Any]  # unchecked: that is the coordinator's business
+    arguments: tuple[str, ...]  # of the program
+    document: Document | None = None  # goes over the pipe
+
+    def of_coordinator(self, key: str, default: object) -> object:
+        """Return a key of the [coordinator] table."""
+        table = self.raw.get("coordinator")
+        return table.get(key, default) if isinstance(table, Mapping) else default
+
+
 def ensure_coordinator(
-    config: str | None = None,
+    config: str | Document | None = None,
     *,
     uid: int | None = None,
     gid: int | None = None,
@@ -60,7 +75,7 @@ def ensure_coordinator(
     """Return when a coordinator serves the pool; start one if none lives.
 
     Args:
-        config: its configuration file; default: environment variable SHMPOOL_CONFIG.
+        config: its configuration file, or the configuration itself; default: environment variable SHMPOOL_CONFIG.
         uid, gid: whom the pool belongs to; the program runs as that user if the caller is root.  Default: the caller.
         linger: how long after the last worker it ends, such as "30s"; default: what the file says.
         within: seconds to wait for it.
@@ -69,22 +84,25 @@ def ensure_coordinator(
         LaunchError: the file cannot be read, or no coordinator served in time.
         ValueError: the pool's name is not allowed.
     """
-    file, raw = _read(config)
-    names = _names(raw, uid)
+    origin = _origin(config)
+    names = _names(origin.raw, uid)
     is_other_user = names.uid != os.geteuid()
     if serving_pid(names) is not None:
         return
-    chosen = linger or str(raw.get("coordinator", {}).get("linger", DEFAULT_LINGER))
+    chosen = linger or _duration(origin.of_coordinator("linger", DEFAULT_LINGER))
     as_user = _as_user(uid, gid) if is_other_user and uid is not None else {}
     deadline = time.monotonic() + within
-    with tempfile.TemporaryFile() as said, _program(file, chosen, said, as_user) as program:
+    # Beside the segment: a container with a read-only root has no other place to write to.
+    with tempfile.TemporaryFile(dir=SHM_DIR) as said, _program(origin, chosen, said, as_user) as program:
+        feed = _Feed(program, b"" if origin.document is None else origin.document.encode())
         while serving_pid(names, is_fresh=True) is None:
+            feed.more()
             has_ended = program.poll() is not None
-            if (has_ended and _lock_holder(names) is None) or time.monotonic() >= deadline:
+            if (has_ended and coordinator_pid(names) is None) or time.monotonic() >= deadline:
                 said.seek(0)
                 told = said.read().decode(errors="replace").strip()
                 why = told or ("it ended without a word" if has_ended else f"not ready within {within:g} s")
-                raise LaunchError(f"pool {names.pool!r}: no coordinator could be started with {file}: {why}")
+                raise LaunchError(f"pool {names.pool!r}: no coordinator could be started with {origin.told}: {why}")
             time.sleep(_POLL_S)
 
 
@@ -95,32 +113,33 @@ def names_in(config: str, *, uid: int | None = None) -> Names:
         LaunchError: the file cannot be read.
         ValueError: the pool's name is not allowed.
     """
-    return _names(_read(config)[1], uid)
+    return _names(_origin(config).raw, uid)
 
 
-def _names(raw: dict[str, Any], uid: int | None) -> Names:
+def _names(raw: Mapping[str, Any], uid: int | None) -> Names:
     is_other_user = os.geteuid() == 0 and bool(uid)
     return Names.of(str(raw.get("name", "")), uid if is_other_user else None)
 
 
-def start_on_demand(names: Names, config: str | None = None) -> bool:
+def start_on_demand(names: Names, config: str | Document | None = None) -> bool:
     """Start a coordinator for a worker that found none; return whether one serves now.  Blocks until it does.
 
-    Done where a file of the pool is known (SHMPOOL_CONFIG, or `config`) that does not say `autostart = false`, and
-    not again for a while after a try: one that cannot start must not cost every request its time.
+    Done where a configuration of the pool is known (`config`; a file also by SHMPOOL_CONFIG, which goes first) that
+    does not say `autostart = false`, and not again for a while after a try: one that cannot start must not cost every
+    request its time.
 
     Raises:
         LaunchError: it could not be started.
     """
-    file = _wanted_file(names, config)
-    if file is None or not _may_try(names):
+    wanted = _wanted(names, config)
+    if wanted is None or not _may_try(names):
         return False
     key = (os.getpid(), names)
     _not_before[key] = time.monotonic() + AGAIN_AFTER_S
     time.sleep(random.uniform(0, JITTER_S))
     for is_last in (False, True):
         try:
-            ensure_coordinator(file, uid=names.uid)
+            ensure_coordinator(wanted, uid=names.uid)
             break
         except LaunchError:
             if is_last:  # else it may have met one that was just ending
@@ -129,7 +148,7 @@ def start_on_demand(names: Names, config: str | None = None) -> bool:
     return serving_pid(names) is not None
 
 
-def begin_on_demand(names: Names, config: str | None = None) -> bool:
+def begin_on_demand(names: Names, config: str | Document | None = None) -> bool:
     """Do as `start_on_demand` in a thread; return at once whether one is being started, or will be in a moment.
 
     Raises:
@@ -141,7 +160,7 @@ def begin_on_demand(names: Names, config: str | None = None) -> bool:
         return True
     if start is not None and start.error is not None and not _may_try(names):
         raise start.error
-    if _wanted_file(names, config) is None:
+    if _wanted(names, config) is None:
         return False
     if not _may_try(names):
         return True
@@ -157,7 +176,7 @@ def begin_on_demand(names: Names, config: str | None = None) -> bool:
 class _Start(threading.Thread):
     """A try to start a coordinator; `error` tells why it failed, once the thread is over."""
 
-    def __init__(self, names: Names, config: str | None) -> None:
+    def __init__(self, names: Names, config: str | Document | None) -> None:
         super().__init__(name=f"shmpool-launch-{names.pool}", daemon=True)
         self._names = names
         self._config = config
@@ -176,15 +195,16 @@ def _may_try(names: Names) -> bool:
     return time.monotonic() >= _not_before.get((os.getpid(), names), 0.0)
 
 
-def _wanted_file(names: Names, config: str | None) -> str | None:
-    """Return the configuration file to start a coordinator with; None where that is not wanted."""
+def _wanted(names: Names, config: str | Document | None) -> str | Document | None:
+    """Return what to start a coordinator with; None where that is not wanted."""
     if os.geteuid() != 0 and names.uid != os.geteuid():
         return None
-    for file in (os.environ.get(CONFIG_VARIABLE), config):
-        if file:
-            _, raw = _read(file)
-            if raw.get("name") == names.pool:
-                return file if raw.get("coordinator", {}).get("autostart", True) is True else None
+    known = (config,) if isinstance(config, Document) else (os.environ.get(CONFIG_VARIABLE), config)
+    for one in known:
+        if one:
+            origin = _origin(one)
+            if origin.raw.get("name") == names.pool:
+                return one if origin.of_coordinator("autostart", True) is True else None
     return None
 
 
@@ -194,7 +214,7 @@ def serving_pid(names: Names, *, is_fresh: bool = False) -> int | None:
     Args:
         is_fresh: its heartbeat must be, too (it has ticked since it took over).
     """
-    pid = _lock_holder(names)
+    pid = coordinator_pid(names)
     if pid is None:
         return None
     try:
@@ -208,35 +228,64 @@ def serving_pid(names: Names, *, is_fresh: bool = False) -> int | None:
     return pid if is_serving else None
 
 
-def _lock_holder(names: Names) -> int | None:
-    try:
-        return Locks(names).coordinator_pid()
-    except SegmentMissingError:
-        return None
+def _origin(config: str | Document | None) -> _Origin:
+    """Return what is in a configuration.
 
-
-def _read(config: str | None) -> tuple[Path, dict[str, Any]]:
-    """Return the file's absolute path and what is in it, unchecked: that is the coordinator's business."""
+    Raises:
+        LaunchError: the file cannot be read.
+    """
+    if isinstance(config, Document):
+        return _Origin("the configuration of this process", config.config, ("--config-stdin",), config)
     name = config or os.environ.get(CONFIG_VARIABLE, "")
     if not name:
         raise LaunchError(f"found no configuration file, expected one as argument or in {CONFIG_VARIABLE}")
     file = Path(name).absolute()
     try:
-        return file, tomllib.loads(file.read_text("utf-8"))
+        return _Origin(str(file), tomllib.loads(file.read_text("utf-8")), ("--config", str(file)))
     except OSError as error:
         raise LaunchError(f"{file}: cannot be read: {error.strerror or error}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise LaunchError(f"{file}: is not valid TOML: {error}") from None
 
 
+def _duration(value: object) -> str:
+    """Return a duration of the configuration as the command line has it; what is none is told about by the program."""
+    return f"{value:f}s" if isinstance(value, int | float) else str(value)
+
+
+class _Feed:
+    """What goes into a program's standard input as it reads it; never waits for it."""
+
+    def __init__(self, program: subprocess.Popen[bytes], text: bytes) -> None:
+        self._pipe = program.stdin
+        self._left = memoryview(text)
+        if self._pipe is not None:
+            os.set_blocking(self._pipe.fileno(), False)
+
+    def more(self) -> None:
+        """Hand over what fits into the pipe; close it after the last byte."""
+        if self._pipe is None or self._pipe.closed:
+            return
+        try:
+            while self._left:
+                self._left = self._left[os.write(self._pipe.fileno(), self._left) :]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:  # the program ended before it read all; its words tell why
+            pass
+        self._pipe.close()
+
+
 @contextlib.contextmanager
-def _program(file: Path, linger: str, said: IO[bytes], as_user: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
+def _program(
+    origin: _Origin, linger: str, said: IO[bytes], as_user: dict[str, Any]
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run the program that brings the coordinator to the background and ends; it is not left as a zombie."""
     # -P: a module in the current directory must not take the place of one of ours.
-    command = [_python(), "-P", "-m", "shmpool_coordinator", "run", "--config", str(file)]
+    command = [python(), "-P", "-m", "shmpool_coordinator", "run", *origin.arguments]
     program = subprocess.Popen(
         [*command, "--detach", "--linger", linger],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL if origin.document is None else subprocess.PIPE,
         stdout=said,
         stderr=said,
         start_new_session=True,
@@ -244,15 +293,22 @@ def _program(file: Path, linger: str, said: IO[bytes], as_user: dict[str, Any]) 
     )
     try:
         yield program
+        _close_input(program)  # another starter was first: this program is not to wait for the rest
         with contextlib.suppress(subprocess.TimeoutExpired):
             program.wait(FRESH_S)
     finally:
+        _close_input(program)
         if program.poll() is None:
             program.kill()
             program.wait()
 
 
-def _python() -> str:
+def _close_input(program: subprocess.Popen[bytes]) -> None:
+    if program.stdin is not None:
+        program.stdin.close()
+
+
+def python() -> str:
     """Return the interpreter: where Python is embedded (uWSGI, mod_wsgi) `sys.executable` is something else."""
     if Path(sys.executable or "").name.startswith("python"):
         return sys.executable
@@ -268,4 +324,6 @@ def _as_user(uid: int, gid: int | None) -> dict[str, Any]:
         group = uid if gid is None else gid
         return {"user": uid, "group": group, "extra_groups": [group]}
     group = user.pw_gid if gid is None else gid
-    return {"user": uid, "group": group, "extra_groups": os.getgrouplist(user.pw_name, group)}
+    own = {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}  # where libpq looks for a passfile
+    groups = os.getgrouplist(user.pw_name, group)
+    return {"user": uid, "group": group, "extra_groups": groups, "env": os.environ | own}

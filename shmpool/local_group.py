@@ -41,7 +41,7 @@ from shmpool.connection import (
     prepare,
     role_of,
 )
-from shmpool.credentials import read_secrets
+from shmpool.credentials import CredentialsError, may_be_cured, read_secrets
 from shmpool.endpoints import heartbeat_age, read_candidates, status_at
 from shmpool.errors import DisownedError, TableFullError
 from shmpool.pool_errors import NoEligibleEndpoint, PoolTimeout, WouldBlockEventLoop
@@ -318,7 +318,7 @@ class LocalGroup:
             table.release(lease)
         else:
             table.abandon(lease)
-        if lease.group.is_retired:
+        if lease.group.is_retired or lease.group.attachment.keeps_nothing:
             lease.group.attachment.leave_when_due()
 
     def disown(self, lease: Lease) -> None:
@@ -411,6 +411,7 @@ class LocalGroup:
                 if lease is None and self._is_scout(waiter):
                     lease = self._scouted(waiter, attempt, deadline)
                 if lease is not None:
+                    attempt.failures.clear()  # their tracebacks refer to tokens: a forgotten one is to be dropped
                     self._count_wait(lease, monotonic() - waiter.since)
                     return lease
                 remaining = deadline - monotonic()
@@ -577,15 +578,12 @@ class LocalGroup:
         token.status = self.table.words[token.status_at]
         began = monotonic()
         try:
-            conn = open_connection(recipe, name, read_secrets(recipe.endpoint))
-        except ConnectFailedError as error:
+            conn = self._connect(recipe, name, deadline)
+        except (ConnectFailedError, CredentialsError) as error:
             self._count(token, slots.ERRORS, 1)
             self._let_go_unopened(token, is_over=error.is_over)
             self._refused(endpoint.index, error, attempt, deadline)
             return None
-        except psycopg2.OperationalError:  # no password to connect with: there was no attempt
-            self._let_go_unopened(token, is_over=True)
-            raise
         except BaseException:  # a signal handler raised: nobody knows how far it came
             self._let_go_unopened(token, is_over=False)
             raise
@@ -609,6 +607,26 @@ class LocalGroup:
         self._avoid.pop(endpoint.index, None)
         return token
 
+    def _connect(self, recipe: Recipe, name: str, deadline: float) -> Connection:
+        """Read the secrets and connect; once more, a moment later, where they may just be being replaced.
+
+        Raises:
+            ConnectFailedError, CredentialsError: that failed, too, or there was no time for it.
+        """
+        endpoint, used = recipe.endpoint, None
+        try:
+            used = read_secrets(endpoint, self.pool.credentials)
+            return open_connection(recipe, name, used)
+        except (ConnectFailedError, CredentialsError) as error:
+            remaining = deadline - monotonic()
+            if remaining <= 0 or not error.is_refused or is_passing(error):
+                raise
+            time.sleep(min(REFUSED_PAUSE_S, remaining))
+            now = read_secrets(endpoint, self.pool.credentials)
+            if used is not None and not may_be_cured(str(error), used, now):
+                raise
+            return open_connection(recipe, name, now)
+
     def _fill_in(self, token: Lease, conn: Connection, recipe: Recipe) -> None:
         """Make a claimed token a lease: from here on a dropped reference leads to close and release."""
         table = self.table
@@ -618,6 +636,8 @@ class LocalGroup:
         token.page = table.page[token.page_at : token.page_at + 1]
         token.group, token.pool, token.recipe = self, self.pool, recipe
         token.idle, token.waiters = self.idle, self.waiters
+        if self.attachment.keeps_nothing:
+            token.recall_at = token.word_at  # as if recalled all the time
         token.idle_use = int(Use.IDLE) | self.permits.index << 8
         token.active_use = int(Use.ACTIVE) | self.permits.index << 8
         token.marks = conn.marks
@@ -711,6 +731,11 @@ class Attempt:
     def is_hopeless(self) -> bool:
         """Whether every failure is of a kind that does not pass by itself: credentials, database, certificate."""
         return all(
-            "FATAL:" in str(error) and not any(passing in str(error) for passing in _PASSING)
+            isinstance(error, CredentialsError) or ("FATAL:" in str(error) and not is_passing(error))
             for error in self.failures.values()
         )
+
+
+def is_passing(error: psycopg2.OperationalError) -> bool:
+    """Whether a server that answers will serve soon, as it says."""
+    return any(passing in str(error) for passing in _PASSING)

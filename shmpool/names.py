@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 SHM_DIR: Final = Path("/dev/shm")  # where glibc keeps POSIX shared memory and semaphores
+ROOM_CURE: Final = f"enlarge {SHM_DIR} (`shmpool-coordinator check-config` tells what a pool needs) or lower [limits]"
 POOL_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")  # short: it is part of application_name (63 bytes)
 
 
@@ -70,3 +71,24 @@ class Names(NamedTuple):
         named = re.compile(rf"sem\.{re.escape(self.stem)}\.[0-9a-f]{{16}}\.[gebw][0-9]+")
         found = [SHM_DIR / entry for entry in os.listdir(SHM_DIR) if named.fullmatch(entry)]
         return [path for path in fixed if os.path.lexists(path)] + sorted(found)
+
+
+def uid_of(user: str) -> int:
+    """Return the uid of a user given by name or number.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    if user.isascii() and user.isdecimal():
+        return int(user)
+    import pwd  # here: workers know their own uid
+
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise ValueError(f"found no user {user!r}, expected a user's name or uid") from None
+
+
+def uid_in(semaphore: str) -> int:
+    """Return whose pool a semaphore's name is of."""
+    return int(semaphore.split(".")[1])

@@ -18,7 +18,7 @@ from shmpool.layout import GROUPS, PERMITS
 from shmpool.names import SHM_DIR, Names
 from shmpool.rows import Locks, Process, owner_of
 from shmpool.segment import Segment, attach
-from shmpool.semaphores import Semaphore, inode_of, open_existing
+from shmpool.semaphores import Semaphore, check, inode_of, open_existing
 from shmpool.status import Facts, LostName, Report, judge, missing
 from shmpool.views import PoolView, read_pool
 
@@ -85,10 +85,15 @@ def _semaphores(segment: Segment) -> Iterator[tuple[list[Semaphore | None], list
     lost: list[LostName] = []
 
     def note(kind: str, index: int, expected: int) -> None:
-        path = names.semaphore_path(segment.token, kind, index)
-        found = inode_of(names.semaphore(segment.token, kind, index))
+        path, name = names.semaphore_path(segment.token, kind, index), names.semaphore(segment.token, kind, index)
+        found = inode_of(name)
         if found != expected:
             lost.append(LostName(str(path), expected, found))
+            return
+        try:
+            check(name, expected)
+        except SegmentMismatchError as error:
+            lost.append(LostName(str(path), expected, found, str(error)))
 
     with contextlib.ExitStack() as stack:
         for row in range(shape.semaphores):
@@ -114,14 +119,14 @@ def _semaphores(segment: Segment) -> Iterator[tuple[list[Semaphore | None], list
 def _locks(segment: Segment) -> tuple[Locks | None, list[LostName]]:
     expected = segment.header("lock_inode")
     try:
-        locks = Locks(segment.names, expected)
+        locks, refusal = Locks(segment.names, expected), ""
         if locks.is_in_place():
             return locks, []
-    except (MechanismError, OSError):
-        locks = None
+    except (MechanismError, OSError) as error:
+        locks, refusal = None, str(error)
     path = segment.names.lock
     found = path.stat().st_ino if path.exists() else 0
-    return locks, [LostName(str(path), expected, found)]
+    return locks, [LostName(str(path), expected, found, refusal if found == expected else "")]
 
 
 def _coordinator(segment: Segment, locks: Locks | None) -> int | None:

@@ -23,22 +23,28 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from psycopg2.extensions import STATUS_READY, cursor
 
-from shmpool.attachment import Attachment, is_coordinated, join
+from shmpool.attachment import Attachment, is_coordinated, is_server_starting, join
 from shmpool.clock import monotonic
 from shmpool.connection import Connection, are_spent, make_recipe, restore
+from shmpool.credentials import Lookup
 from shmpool.errors import DisownedError, MechanismError, SegmentMissingError, SegmentRetiredError
 from shmpool.handle import Handle
 from shmpool.local_group import BYPASS_S, Lease, LocalGroup, tidy
 from shmpool.names import Names
-from shmpool.pool_errors import CoordinatorNotRunning, PoolClosed, PoolError, UnknownGroup
+from shmpool.pool_errors import ConfigurationDiffers, CoordinatorNotRunning, PoolClosed, PoolError, UnknownGroup
+from shmpool.settings import GIVEN
+
+if TYPE_CHECKING:
+    from shmpool.document import Document
 
 JOIN_PAUSE_S: Final = 0.02  # between looks for a segment that is about to open
+SERVER_STARTS_S: Final = 10.0  # what an application server has to start the coordinator that it brings along
 JOIN_WITHIN_S: Final = 5.0  # a checkout's time until the group's own timeout can be read: its default
 
 
@@ -52,7 +58,18 @@ class Pool:
         connection_factory: a subclass of `shmpool.Connection`.
         cursor_factory: psycopg2 cursor class for new cursors.
         on_connect: called once with each new connection (type registration, adapters, SET ROLE).
-        uid: whose pool it is; default: the effective user's.
+        credentials: called with an endpoint's name before each connect, in the thread that connects; returns the
+            password, or a mapping of some of `shmpool.credentials.KEYWORDS` to texts.  Goes before what the
+            configuration names for the endpoint.  It must be bounded in time, and not use the pool: a permit is held
+            meanwhile.  What it raises is the cause of the psycopg2.OperationalError that `checkout` raises.
+        uid: whose pool it is, where that is not the effective user's (`[access] group`, or a process of root).
+        config: the whole configuration, tables and keys as in the file, `name` among them: no file is needed.  The
+            first process that uses the pool starts a coordinator with it; those with an equal one share that.
+        passwords: by endpoint, beside a `config` in which no endpoint has [credentials].  They reach the coordinator
+            through a pipe and stay in memory; a process with a newer one hands it over to a living coordinator.
+
+    Raises:
+        ValueError, TypeError: there is no name, or it is not allowed; an argument is not what it should be.
     """
 
     def __init__(
@@ -62,19 +79,26 @@ class Pool:
         connection_factory: type[Connection] = Connection,
         cursor_factory: type[cursor] | None = None,
         on_connect: Callable[[Any], None] | None = None,
+        credentials: Lookup | None = None,
         uid: int | None = None,
+        config: Mapping[str, Any] | None = None,
+        passwords: Mapping[str, str] | None = None,
     ) -> None:
-        chosen = name or os.environ.get("SHMPOOL_NAME")
+        self._document = _document(name, config, passwords)
+        chosen = name or (os.environ.get("SHMPOOL_NAME") if self._document is None else self._document.name)
         if not chosen:
             raise ValueError("Pool() needs a name, as argument or in the environment variable SHMPOOL_NAME")
         Names.of(chosen, uid)  # a bad name fails here, not at first use
         if not issubclass(connection_factory, Connection):
             raise TypeError(f"connection_factory {connection_factory!r}: expected a subclass of shmpool.Connection")
+        if credentials is not None and not callable(credentials):  # not to be quoted: it may be a password
+            raise TypeError(f"credentials: found {type(credentials).__name__}, expected a callable that returns them")
         self.name = chosen
         self._uid = uid
         self.connection_factory = connection_factory
         self.cursor_factory = cursor_factory
         self.on_connect = on_connect
+        self.credentials = credentials or (self._document.password if passwords and self._document else None)
         self._closed = False
         self._state: _State | None = None
         self._former: list[_State] = []  # of segments that were retired: what is in use goes home through them
@@ -195,6 +219,7 @@ class Pool:
         if state is not None:
             self._set_aside(state)
         attachment = self._attach()
+        self._compare(attachment)
         fresh = _State(attachment)
         fresh.refresh(self)
         self._config = attachment.settings.config_file if attachment.settings.autostart else None
@@ -224,30 +249,59 @@ class Pool:
             return join(names, Lease)
         except (SegmentMissingError, SegmentRetiredError) as error:
             if not is_coordinated(names) and not self._begin_coordinator(names):
-                raise CoordinatorNotRunning(how_to_start(self.name, error)) from error
-            refusal = CoordinatorNotRunning(
-                f"{error}; a coordinator is there or is just being started, and the checkout had no more time to wait "
-                f"for it; `shmpool status {self.name}` tells what it waits for"
-            )
-            refusal.is_passing = True
-            raise refusal from error
+                raise CoordinatorNotRunning(self._how_to_start(error)) from error
+            raise self._not_yet(error) from error
         except MechanismError as error:
-            raise CoordinatorNotRunning(how_to_start(self.name, error)) from error
+            raise CoordinatorNotRunning(self._how_to_start(error)) from error
+
+    def _not_yet(self, reason: object) -> CoordinatorNotRunning:
+        refusal = CoordinatorNotRunning(
+            f"{reason}; a coordinator is there or is just being started, and the checkout had no more time to wait "
+            f"for it; `shmpool status {self.name}` tells what it waits for"
+        )
+        refusal.is_passing = True
+        return refusal
+
+    def _how_to_start(self, reason: object) -> str:
+        if self._document is None:
+            return how_to_start(self.name, reason)
+        return f"{reason}. This pool carries its own configuration: its processes start the coordinator, if one can be"
+
+    def _compare(self, attachment: Attachment) -> None:
+        """Leave a pool that is configured otherwise than by what this one was given.
+
+        What a coordinator that died has left is taken over by one that is started now.
+        """
+        if self._document is None or attachment.settings.document == self._document.digest:
+            return
+        attachment.leave_when_due()
+        differs = ConfigurationDiffers(self.name, attachment.settings.config_file or GIVEN)
+        if attachment.is_served() or (
+            not is_coordinated(attachment.names) and not self._begin_coordinator(attachment.names)
+        ):
+            raise differs
+        raise self._not_yet(differs)
 
     def _begin_coordinator(self, names: Names) -> bool:
+        if self._document is None and is_server_starting(SERVER_STARTS_S):
+            return True
         from shmpool.launch import begin_on_demand  # here: few workers ever need it
 
         try:
-            return begin_on_demand(names, self._config)
+            return begin_on_demand(names, self._document or self._config)
         except MechanismError as error:
-            raise CoordinatorNotRunning(how_to_start(self.name, error)) from error
+            raise CoordinatorNotRunning(self._how_to_start(error)) from error
 
     def start_coordinator(self) -> None:
         """Start one, where that is wanted; blocks until it serves (background thread)."""
         from shmpool.launch import start_on_demand  # here: few workers ever need it
 
         with contextlib.suppress(MechanismError, OSError):  # it is tried again, and a checkout that needs it says why
-            start_on_demand(Names.of(self.name, self._uid), self._config)
+            start_on_demand(Names.of(self.name, self._uid), self._document or self._config)
+
+    def read_passwords(self) -> dict[str, str]:
+        """Return what the pool was given to hand over to its coordinator (background thread)."""
+        return {} if self._document is None else self._document.read_passwords()
 
     def _joined_by(self, deadline: float) -> _State:
         """Do as `_joined`, and wait for a segment that is about to open."""
@@ -283,7 +337,7 @@ class Pool:
                 break
             except (DisownedError, SegmentRetiredError):
                 if monotonic() >= deadline:
-                    raise CoordinatorNotRunning(how_to_start(self.name, "the segment was retired")) from None
+                    raise CoordinatorNotRunning(self._how_to_start("the segment was retired")) from None
         lease.since = monotonic()
         lease.times[lease.since_at] = lease.since
         lease.words[lease.use_at] = lease.active_use
@@ -409,10 +463,31 @@ class Lending:
 def how_to_start(pool: str, reason: object) -> str:
     """Say what keeps a process from joining and how a coordinator is started."""
     return (
-        f"{reason}. Start one: `shmpool-coordinator run --config FILE`, or let Gunicorn start it "
-        f"(from shmpool.hooks.gunicorn import *, with SHMPOOL_CONFIG naming the file); "
+        f"{reason}. Start one: `shmpool-coordinator run --config FILE`, or let the application server start it, with "
+        f"SHMPOOL_CONFIG naming the file: Gunicorn (from shmpool.hooks.gunicorn import *) or uWSGI (a mule that runs "
+        f"shmpool_coordinator.mule.main); "
         f"`shmpool status {pool}` tells more"
     )
+
+
+def _document(
+    name: str | None, config: Mapping[str, Any] | None, passwords: Mapping[str, str] | None
+) -> Document | None:
+    """Return what a pool is to be configured with if it carries that itself.
+
+    Raises:
+        ValueError, TypeError: the arguments do not go together, or cannot be written down.
+    """
+    if config is None:
+        if passwords is not None:
+            raise TypeError("passwords: expected only together with config")
+        return None
+    from shmpool.document import Document  # here: few workers ever need it
+
+    document = Document(config, passwords)
+    if name is not None and name != document.name:
+        raise ValueError(f"name {name!r}: config has {document.name!r}; leave one of them out")
+    return document
 
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()

@@ -47,6 +47,16 @@ class CoordinatorNotRunning(PoolError):  # noqa: N818
     is_passing = False
 
 
+class ConfigurationDiffers(PoolError):  # noqa: N818
+    """A pool of this name lives with another configuration than the one that `Pool(config=...)` was given."""
+
+    def __init__(self, pool: str, found: str) -> None:
+        super().__init__(
+            f"pool {pool!r}: another configuration is in use under this name ({found}); give this one a name of its "
+            "own, or wait until the other one's coordinator has ended"
+        )
+
+
 class WouldBlockEventLoop(PoolError):  # noqa: N818
     """Waiting for a connection would stop an event loop; nothing was waited for."""
 

@@ -24,12 +24,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from shmpool import access
 from shmpool.clock import monotonic
 from shmpool.errors import (
     SegmentMismatchError,
@@ -73,12 +73,24 @@ class Process(NamedTuple):
 
 def start_time(pid: int) -> int | None:
     """Return a process's start time in clock ticks since boot; None if it is gone or only a zombie."""
+    fields = _read_stat(pid)
+    return None if fields is None else int(fields[19])
+
+
+def parent_of(pid: int) -> int | None:
+    """Return the pid of a process's parent; None if the process is gone or only a zombie."""
+    fields = _read_stat(pid)
+    return None if fields is None else int(fields[1])
+
+
+def _read_stat(pid: int) -> list[bytes] | None:
+    """Return what /proc tells of a living process, from its state on (proc_pid_stat(5): field 3)."""
     try:
         raw = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = raw[raw.rindex(b")") + 2 :].split()
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+    return None if fields[0] in (b"Z", b"X") else fields
 
 
 def create_lock_file(names: Names, *, mode: int = 0o600, gid: int = -1) -> int:
@@ -118,10 +130,16 @@ def _descriptor(names: Names, inode: int | None = None) -> int:
         fd = os.open(names.lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         raise SegmentMissingError(f"pool {names.pool!r}: no lock file {names.lock}") from None
+    except OSError as error:
+        raise access.refusal(f"lock file {names.lock}", names.lock, error.strerror) from None
     info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode) or info.st_uid != names.uid or (inode is not None and info.st_ino != inode):
+    try:
+        access.check(f"lock file {names.lock}", info, names.uid)
+        if inode is not None and info.st_ino != inode:
+            raise _replaced(names, info.st_ino, info.st_uid, inode)
+    except SegmentMismatchError:
         os.close(fd)  # another file than any that holds our locks, else it had been returned above
-        raise _replaced(names, info.st_ino, info.st_uid, inode)
+        raise
     _remember(names.lock, fd)
     return fd
 
@@ -234,6 +252,14 @@ class Locks:
                 del _guards[key]
 
 
+def coordinator_pid(names: Names) -> int | None:
+    """Return the pid of the pool's coordinator as `Locks.coordinator_pid` does; None also if there is no lock file."""
+    try:
+        return Locks(names).coordinator_pid()
+    except SegmentMissingError:
+        return None
+
+
 class Server(NamedTuple):
     """The application server that a process works for."""
 
@@ -321,8 +347,7 @@ def _try_take(segment: Segment, locks: Locks, row: int, me: Process, server: Ser
 
 
 def _is_owner(segment: Segment, row: int, me: Process) -> bool:
-    owner = owner_of(segment, row)
-    return (owner.pid, owner.start) == (me.pid, me.start)
+    return owner_of(segment, row) == me
 
 
 def _enter(segment: Segment, row: int, me: Process, server: Server) -> Row | None:

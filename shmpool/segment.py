@@ -10,19 +10,19 @@ Fork.  The mapping is shared with a child; `release` makes every later access ra
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
-import stat
 import time
 import zlib
 from typing import Any, Final
 
 import msgpack
 
-from shmpool import layout
+from shmpool import access, layout
 from shmpool.errors import SegmentMismatchError, SegmentMissingError
 from shmpool.layout import HEADER, Layout
-from shmpool.names import Names
+from shmpool.names import ROOM_CURE, SHM_DIR, Names
 from shmpool.settings import PoolSettings
 from shmpool.states import SegmentState
 
@@ -167,13 +167,10 @@ def create(names: Names, shape: Layout, *, mode: int = 0o600, gid: int = -1) -> 
         segment = Segment(names, mmap.mmap(fd, shape.size_bytes), shape, inode)
     except OSError as error:
         os.unlink(names.segment)
-        if error.errno is not None and os.strerror(error.errno) == "No space left on device":
-            raise OSError(
-                error.errno,
-                f"segment needs {shape.size_bytes} bytes and the file system is full; "
-                "enlarge /dev/shm or lower [limits]",
-                str(names.segment),
-            ) from None
+        if error.errno == errno.ENOSPC:
+            room = os.statvfs(SHM_DIR)
+            told = f"the segment needs {shape.size_bytes} bytes, {room.f_bavail * room.f_frsize} are free; {ROOM_CURE}"
+            raise OSError(error.errno, told, str(names.segment)) from None
         raise
     finally:
         os.close(fd)
@@ -212,10 +209,10 @@ def attach(names: Names, *, to_repair: bool = False) -> Segment:
             f"pool {names.pool!r}: no segment {names.segment}; is a coordinator running for uid {names.uid}?"
         ) from None
     except OSError as error:
-        raise SegmentMismatchError(f"segment {names.segment}: cannot be opened ({error.strerror})") from None
+        raise access.refusal(f"segment {names.segment}", names.segment, error.strerror) from None
     try:
         info = os.fstat(fd)
-        _check_access(names, info)
+        access.check(f"segment {names.segment}", info, names.uid)
         if info.st_size < layout.PAGE_BYTES:
             raise SegmentMissingError(f"segment {names.segment}: being created, {info.st_size} bytes so far")
         memory = mmap.mmap(fd, info.st_size)
@@ -231,20 +228,6 @@ def attach(names: Names, *, to_repair: bool = False) -> Segment:
         segment.release()
         raise SegmentMissingError(f"segment {names.segment}: a coordinator is just creating it")
     return segment
-
-
-def _check_access(names: Names, info: os.stat_result) -> None:
-    if not stat.S_ISREG(info.st_mode):
-        raise SegmentMismatchError(f"segment {names.segment}: not a regular file; remove it")
-    if info.st_uid != names.uid:
-        raise SegmentMismatchError(
-            f"segment {names.segment}: belongs to uid {info.st_uid}, expected uid {names.uid}; remove it as its owner"
-        )
-    if info.st_mode & 0o007:
-        raise SegmentMismatchError(
-            f"segment {names.segment}: mode {stat.S_IMODE(info.st_mode):04o} lets everybody in, "
-            "expected 0600 or 0660; remove it"
-        )
 
 
 def _verified(names: Names, memory: mmap.mmap, info: os.stat_result) -> Layout:

@@ -15,6 +15,8 @@ from typing import Any, Final, Literal, NamedTuple, Self
 Target = Literal["primary", "replica", "prefer-replica", "any"]
 Policy = Literal["least-connections", "round-robin", "weighted"]
 
+GIVEN: Final = "given by a process"  # what is shown where a configuration has no file
+
 
 class Credentials(NamedTuple):
     """Where a password is read at each connect; never the password itself."""
@@ -106,6 +108,7 @@ class PoolSettings(NamedTuple):
     stale_after: float
     endpoints: tuple[EndpointSettings, ...]
     groups: tuple[GroupSettings, ...]
+    document: str = ""  # digest of the document that a process gave instead of a file (document.py)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain dictionaries and lists, ready for msgpack."""

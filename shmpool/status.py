@@ -12,7 +12,7 @@ from enum import Enum, IntEnum
 from typing import Any, Final
 
 from shmpool.invariants import check
-from shmpool.settings import EndpointSettings, GroupSettings
+from shmpool.settings import EndpointSettings, GroupSettings, PoolSettings
 from shmpool.states import Admin, Health, Role, SegmentState, ServerKind, Use, Verdict
 from shmpool.views import PermitRow, PoolView, SlotRow, WorkerRow
 from shmpool.words import NONE, YES, Kind, Status
@@ -40,11 +40,12 @@ class RowState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LostName:
-    """A name that does not lead to what the header means."""
+    """A name that does not lead to what the header means, or to what nobody may open."""
 
     name: str
     expected: int  # inode
     found: int  # inode; 0: there is no such name
+    refusal: str = ""  # what is wrong with its owner or mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,7 +465,7 @@ def _coordinator_findings(view: PoolView, coordinator: CoordinatorReport) -> Ite
             "coordinator-not-running",
             f"no coordinator runs (last heartbeat {duration(age)} ago)" if age is not None else "no coordinator",
             "workers go on, but health is unknown, dead workers' permits stay away, caps cannot change",
-            f"start it: shmpool-coordinator run --config {view.settings.config_file or 'FILE'}",
+            _how_to_start(view.settings),
         )
     elif not _is_live(view, coordinator):
         who = f"pid {coordinator.pid}" if coordinator.pid else "a process of another pid namespace"
@@ -477,6 +478,12 @@ def _coordinator_findings(view: PoolView, coordinator: CoordinatorReport) -> Ite
             "the coordinator is stopped or stuck, and as long as it lives no other can take over",
             f"continue it (kill -CONT {coordinator.pid or 'PID'}), or kill it and start another",
         )
+
+
+def _how_to_start(settings: PoolSettings) -> str:
+    if settings.document:
+        return "its next checkout starts one: this configuration is in the processes that use the pool"
+    return f"start it: shmpool-coordinator run --config {settings.config_file or 'FILE'}"
 
 
 _TOLD: Final = 8  # rows of a retired segment that are named
@@ -500,6 +507,15 @@ def _segment_findings(view: PoolView, facts: Facts, workers: Sequence[WorkerRepo
             "start its coordinator",
         )
     for lost in facts.lost_names:
+        if lost.refusal:
+            yield Finding(
+                Level.DEGRADED,
+                "name-refused",
+                lost.refusal,
+                "nobody opens it: new workers and a new coordinator cannot join this budget",
+                "stop coordinator and workers, `shmpool cleanup`, start again",
+            )
+            continue
         yield Finding(
             Level.DEGRADED,
             "name-lost",

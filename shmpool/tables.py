@@ -15,6 +15,7 @@ from rich.text import Text
 
 from shmpool import layout
 from shmpool.layout import Layout
+from shmpool.settings import GIVEN
 from shmpool.states import Admin, Health, SegmentState, Use, Verdict
 from shmpool.status import (
     EndpointReport,
@@ -89,7 +90,7 @@ def print_pools(reports: Iterable[Report]) -> None:
             report.state.name if report.state is not None else "unreadable",
             "-" if pid is None else f"pid {pid}",
             str(sum(worker.state is RowState.HELD for worker in report.workers)),
-            report.config_file or "-",
+            _configuration(report),
         )
     console().print(table)
 
@@ -181,8 +182,12 @@ def _head(report: Report) -> Text:
     else:
         line.append("hold", "green")
     line.append(f"   {datetime.fromtimestamp(report.taken_wall):%H:%M:%S}")
-    line.append(f"\nconfiguration {report.config_generation}: {report.config_file or '-'}\n")
+    line.append(f"\nconfiguration {report.config_generation}: {_configuration(report)}\n")
     return line
+
+
+def _configuration(report: Report) -> str:
+    return report.config_file or (GIVEN if report.config_generation else "-")
 
 
 def _cap(held: int, issued: int, target: int) -> str:

@@ -12,7 +12,7 @@ import pytest
 from tests.support.waiting import wait_until
 from tools.pg_cluster import DIRECTORY_PREFIX, children_of
 
-pytest_plugins = ["tests.support.postgres", "tests.support.coordinator"]
+pytest_plugins = ["tests.support.postgres", "tests.support.coordinator", "tests.support.users"]
 
 SHARED_MEMORY = Path("/dev/shm")
 CLEANUP_S = 5.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -16,14 +17,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from shmpool.control_client import ControlError, request
 from shmpool.errors import CoordinatorRunningError, MechanismError
-from shmpool.layout import Layout
-from shmpool.names import Names
-from shmpool.rows import start_time
-from shmpool_coordinator.config import Config, ConfigError, DurationOrZero, find, load
+from shmpool.layout import PAGE_BYTES, Layout
+from shmpool.names import SHM_DIR, Names, uid_of
+from shmpool.rows import coordinator_pid, start_time
+from shmpool.settings import GIVEN
+from shmpool_coordinator import mule
+from shmpool_coordinator.config import ConfigError, DurationOrZero, find, load
 from shmpool_coordinator.daemon import Daemon
+from shmpool_coordinator.origin import File, Origin, given_by, hide_memory
 
 NAME_VARIABLE: Final = "SHMPOOL_NAME"
 STOP_S: Final = 10.0
+STANDARD_INPUT_FD: Final = 0
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2  # also: the configuration is wrong
@@ -40,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.command(options))
     except (MechanismError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
+        if getattr(options, "mule", False):
+            mule.pause()
         return _exit_code(error)
 
 
@@ -57,14 +64,27 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="be the coordinator of a pool")
-    run.add_argument("--config", metavar="FILE", help="configuration file (default: $SHMPOOL_CONFIG)")
+    source = run.add_mutually_exclusive_group()
+    source.add_argument("--config", metavar="FILE", help="configuration file (default: $SHMPOOL_CONFIG)")
+    source.add_argument(
+        "--config-stdin",
+        action="store_true",
+        help='read one JSON document, {"config": {as in the file}, "passwords": {endpoint: text}}, from standard input',
+    )
     run.add_argument(
         "--linger",
         metavar="DURATION",
         type=_duration,
         help="end so long after the last worker has gone, such as 30s (default: never)",
     )
-    run.add_argument("--detach", action="store_true", help="go to the background once the pool is ready")
+    how = run.add_mutually_exclusive_group()
+    how.add_argument("--detach", action="store_true", help="go to the background once the pool is ready")
+    how.add_argument(
+        "--mule",
+        action="store_true",
+        help="run beside the workers of the master that started this: stand by while another coordinator has the "
+        "pool, end after the workers, and on SIGHUP leave the segment to the next one",
+    )
     run.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="default: info")
     run.add_argument("--log-file", metavar="FILE", help="append to a file instead of standard error")
     run.set_defaults(command=_run)
@@ -80,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         sub = commands.add_parser(name, help=what)
         sub.add_argument("name", metavar="NAME", nargs="?", help=f"the pool (default: ${NAME_VARIABLE})")
+        sub.add_argument("--user", metavar="USER", type=_user, help="whose: a name or uid (default: yours)")
         sub.set_defaults(command=command)
     return parser
 
@@ -91,15 +112,23 @@ def _duration(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r}: {error.errors()[0]['msg']}") from None
 
 
+def _user(text: str) -> int:
+    try:
+        return uid_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _names(options: argparse.Namespace) -> Names:
     name = options.name or os.environ.get(NAME_VARIABLE, "")
     if not name:
         raise ConfigError("pool", (f"found no name, expected one as argument or in {NAME_VARIABLE}",))
-    return Names.of(name)
+    return Names.of(name, options.user)
 
 
 def _run(options: argparse.Namespace) -> int:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # until the daemon can take it for a reload
+    # Until the daemon can take them: SIGHUP is a reload, and of a mule each of its signals is an order.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, mule.SIGNALS if options.mule else {signal.SIGHUP})
     try:
         return _be_coordinator(options)
     finally:
@@ -107,28 +136,32 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _be_coordinator(options: argparse.Namespace) -> int:
-    config = load(find(options.config))
+    origin: Origin
+    if options.config_stdin:
+        hide_memory()
+        origin = given_by(STANDARD_INPUT_FD)
+    else:
+        origin = File(find(options.config))
+    config = origin.read()
     log_file = Path(options.log_file).absolute() if options.log_file else None
     ready = _detach() if options.detach else None
     if ready is None:
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # what a master left open is not ours to keep
+        _close_from(3)  # what a master left open is not ours to keep
     try:
         _begin_logging(options.log_level, log_file, is_detached=ready is not None)
         for warning in config.warnings():
             logging.getLogger(__name__).warning("config: %s", warning)
-        daemon = _started(config, options.linger)
+        if options.mule:
+            if not mule.stand_by(Names.of(config.name)):
+                return 0
+            config = origin.read()  # it may have changed meanwhile
+        master_pid = os.getppid() if options.mule else None
+        daemon = Daemon(config, origin=origin, linger_s=options.linger, master_pid=master_pid)
     except (MechanismError, OSError, ValueError) as error:
         _report(ready, _exit_code(error), str(error))
         raise
     _report(ready, 0)
     return daemon.run()
-
-
-def _started(config: Config, linger_s: float | None) -> Daemon:
-    try:
-        return Daemon(config, linger_s=linger_s)
-    except KeyError as error:
-        raise ConfigError(config.source, (f"access.group: {error.args[0]}, expected a unix group",)) from None
 
 
 def _begin_logging(level: str, path: Path | None, *, is_detached: bool) -> None:
@@ -168,8 +201,19 @@ def _detach() -> int:
     for fd in range(3):
         os.dup2(null, fd)
     os.dup2(write_fd, 3, inheritable=False)
-    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+    _close_from(4)
     return 3
+
+
+def _close_from(first: int) -> None:
+    """Close this descriptor and all above.
+
+    Those that are open, one by one: a container may allow a billion, and its seccomp profile may know no close_range.
+    """
+    for fd in [int(name) for name in os.listdir("/proc/self/fd")]:
+        if fd >= first:
+            with contextlib.suppress(OSError):  # the one that the directory was read with
+                os.close(fd)
 
 
 def _report(ready: int | None, code: int, text: str = "") -> None:
@@ -184,7 +228,9 @@ def _check_config(options: argparse.Namespace) -> int:
     limits = config.limits
     shape = Layout(limits.workers, limits.slots_per_worker, limits.endpoints, limits.groups)
     print(config.describe())
-    print(f"segment: {shape.size_bytes} bytes in {Names.of(config.name).segment.parent}")
+    count = 3 * len(config.groups) + len(config.endpoints)  # a permit semaphore each, and two bells per group
+    needed = shape.size_bytes + count * PAGE_BYTES
+    print(f"{SHM_DIR}: {needed} bytes: {shape.size_bytes} for the segment, and a page for each of {count} semaphores")
     for warning in config.warnings():
         print(f"warning: {warning}")
     return 0
@@ -192,9 +238,10 @@ def _check_config(options: argparse.Namespace) -> int:
 
 def _stop(options: argparse.Namespace) -> int:
     names = _names(options)
+    seen = coordinator_pid(names)  # 0: in another pid namespace, and the number that it answers with means nothing here
     pid = int(request(names, "stop")["pid"])
     deadline = time.monotonic() + STOP_S
-    while start_time(pid) is not None:
+    while seen is not None and (coordinator_pid(names) == seen or (seen and start_time(seen) is not None)):
         if time.monotonic() >= deadline:
             print(f"pool {names.pool}: pid {pid} is still ending after {STOP_S:g} s", file=sys.stderr)
             return EXIT_FAILED
@@ -219,7 +266,7 @@ def _info(options: argparse.Namespace) -> int:
     info = request(_names(options), "info")
     for key, value in info.items():
         if key not in ("v", "type", "endpoints"):
-            print(f"{key}: {value}")
+            print(f"{key}: {value if value != '' else GIVEN}")
     for name, endpoint in info["endpoints"].items():
         error = f" ({endpoint['error']})" if endpoint["error"] else ""
         print(f"endpoint {name}: {endpoint['health']} {endpoint['role']} {endpoint['verdict']}{error}")

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, Self, TypeVar, ge
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from shmpool.names import POOL_NAME
 from shmpool.settings import Credentials as CredentialSettings
 from shmpool.settings import EndpointSettings, GroupSettings, Policy, PoolSettings, Target
 from shmpool_coordinator.probe import make_conninfo, parse_conninfo
@@ -29,8 +30,7 @@ COORDINATOR_SESSIONS: Final = 2  # at each endpoint, beside its cap
 MAX_PERMITS: Final = 65_535  # a control word counts in 16 bits
 MAX_SERVER_TIMEOUT_S: Final = 2_147_483  # the server counts milliseconds in an int
 MIN_DURATION_S: Final = 0.001  # the server's resolution, where 0 would mean off
-NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,47}")
-NAME_EXPECTED: Final = "a name of 1 to 48 lower-case letters, digits, _ and -, that starts with a letter or digit"
+NAME_EXPECTED: Final = "a name of 1 to 32 lower-case letters, digits, _ and -, that starts with a letter or digit"
 
 # Under every conninfo: without them a dead network holds a connect or a query for hours.
 CONNECT_DEFAULTS: Final[Mapping[str, str]] = {
@@ -247,7 +247,7 @@ def _variable(value: Any) -> str | None:
 
 
 def _name(value: Any) -> str | None:
-    return value if isinstance(value, str) and NAME.fullmatch(value) else None
+    return value if isinstance(value, str) and POOL_NAME.fullmatch(value) else None
 
 
 def duration_text(seconds: float) -> str:
@@ -418,16 +418,17 @@ class Config(Table):
     groups: Mapping[str, Group]
 
     _source: str = PrivateAttr(default="")
+    _document: str = PrivateAttr(default="")
 
     @property
     def source(self) -> str:
-        """The file that this was read from."""
+        """The file that this was read from; "" for one that a process gave."""
         return self._source
 
-    def with_source(self, source: str) -> Self:
-        """Return this configuration as read from `source`."""
+    def with_source(self, source: str, document: str = "") -> Self:
+        """Return this configuration as read from a file, or (source "") from a document with this digest."""
         copy = self.model_copy()
-        copy._source = source
+        copy._source, copy._document = source, document
         return copy
 
     def endpoints_of(self, group: Group) -> tuple[str, ...]:
@@ -449,6 +450,7 @@ class Config(Table):
                 _endpoint_settings(name, endpoint_index[name], endpoint) for name, endpoint in self.endpoints.items()
             ),
             groups=tuple(_group_settings(name, group_index[name], group) for name, group in self.groups.items()),
+            document=self._document,
         )
 
     def warnings(self) -> list[str]:
@@ -768,7 +770,7 @@ def _name_findings(table: str, names: tuple[str, ...], limit: int | None) -> Ite
     if limit is not None and len(names) > limit:
         yield Finding(table, str(len(names)), f"at most {limit}, as limits.{table} has it")
     for name in names:
-        if not NAME.fullmatch(name):
+        if not POOL_NAME.fullmatch(name):
             yield Finding(f"{table}.{name}", f'"{name}" as the {one}\'s name', NAME_EXPECTED)
 
 
@@ -862,7 +864,8 @@ def _conninfo_findings(path: str, conninfo: str) -> Generator[Finding, None, dic
             path,
             f"`{key}`",
             "no secret in it: give password_file, password_command or password_env in"
-            " [endpoints.<name>.credentials], or libpq's passfile",
+            " [endpoints.<name>.credentials], Pool(..., credentials=callable) in code, or use libpq's own ways"
+            " (passfile, service file, PGPASSWORD)",
         )
     for key, place in REFUSED_KEYWORDS.items():
         if key in keywords:

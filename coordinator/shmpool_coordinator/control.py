@@ -11,7 +11,6 @@ file that is already there is a dead coordinator's.
 from __future__ import annotations
 
 import contextlib
-import grp
 import logging
 import os
 import pwd
@@ -29,7 +28,9 @@ BACKLOG: Final = 128
 READ_BYTES: Final = 64 * 1024
 MAX_UNSENT_BYTES: Final = 256 * 1024
 _SO_PEERPIDFD: Final = 77  # Linux 6.5; not named by the socket module
-_CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
+_SO_PEERGROUPS: Final = 59  # Linux 4.13; the same
+_GROUPS_BYTES: Final = 1024  # as much as getsockopt() takes
+_CREDENTIALS: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 log = logging.getLogger(__name__)
 
@@ -94,15 +95,21 @@ class Control:
         self._gid = gid
         self.max_peers = max_peers
         self.peers: set[Peer] = set()
+        self._lacks_pidfd = False  # that was told
         self._mode = mode
         self._listen()
 
     def _listen(self) -> None:
         """Make the socket anew under its name."""
         path = self.names.socket
+        try:
+            path.unlink(missing_ok=True)
+        except PermissionError as error:
+            owner = os.lstat(path).st_uid
+            told = f"belongs to uid {owner}, expected uid {self.names.uid}; remove it as its owner, or as root"
+            raise PermissionError(error.errno, f"control socket: {told}", str(path)) from None
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._listener.setblocking(False)
-        path.unlink(missing_ok=True)
         old = os.umask(0o077)
         try:
             self._listener.bind(str(path))
@@ -159,16 +166,29 @@ class Control:
     def watch(self, peer: Peer) -> None:
         """Take the end of the peer's process for the end of its worker, even if others keep its connection open.
 
-        Where the kernel offers no pidfd or refuses one, the end of the connection has to do.
+        Where the kernel offers no pidfd or a sandbox refuses one, the end of the connection has to do.
         """
         if peer.process is not None:
             return
         try:
             peer.process = _open_process(peer)
+        except ProcessLookupError:
+            return  # it has just ended, and its connection is about to
         except (OSError, AttributeError) as error:  # the latter: a Python built without it
-            log.debug("control socket: no pidfd of pid %d: %s", peer.pid, error)
+            self._tell_lack_of_pidfd(error)
             return
         self._selector.register(peer.process, selectors.EVENT_READ, lambda _: self._process_ended(peer))
+
+    def _tell_lack_of_pidfd(self, error: Exception) -> None:
+        if self._lacks_pidfd:
+            return
+        self._lacks_pidfd = True
+        log.info(
+            "control socket: no pidfd of a worker (%s): its end is noticed by its control connection and record lock, "
+            "a tick later where a child keeps the connection open; for a pidfd allow pidfd_open in the seccomp profile "
+            "(Linux 5.3), or have Linux 6.5 for workers in other pid namespaces",
+            getattr(error, "strerror", None) or error,
+        )
 
     # -- events ------------------------------------------------------------------------------------
 
@@ -196,24 +216,16 @@ class Control:
         peer = Peer(connection, pid, uid)
         self.peers.add(peer)
         self._selector.register(connection, selectors.EVENT_READ, lambda mask: self._ready(peer, mask))
-        if not self._is_allowed(uid, gid):
+        if not self._is_allowed(connection, uid, gid):
             log.warning("control socket: uid %d (pid %d) refused", uid, pid)
             self._refuse(peer, f"uid {uid} may not use pool {self.names.pool!r} of uid {self.names.uid}")
         elif len(self.peers) > self.max_peers:
             self._refuse(peer, f"{self.max_peers} connections are open already")
 
-    def _is_allowed(self, uid: int, gid: int) -> bool:
+    def _is_allowed(self, connection: socket.socket, uid: int, gid: int) -> bool:
         if uid in (self.names.uid, 0):
             return True
-        if self._gid < 0:
-            return False
-        if gid == self._gid:
-            return True
-        try:
-            user = pwd.getpwuid(uid)
-            return user.pw_gid == self._gid or user.pw_name in grp.getgrgid(self._gid).gr_mem
-        except KeyError:
-            return False
+        return self._gid >= 0 and self._gid in (gid, *_further_groups(connection, uid))
 
     def _ready(self, peer: Peer, mask: int) -> None:
         if mask & selectors.EVENT_WRITE and peer in self.peers:  # it may have ended earlier in this turn
@@ -290,12 +302,26 @@ class Control:
             self._on_worker_end(peer.row)
 
 
+def _further_groups(connection: socket.socket, uid: int) -> list[int]:
+    """Return the supplementary groups of the process that connected; if the kernel does not tell, its user's."""
+    with contextlib.suppress(OSError):
+        raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
+        return [gid for (gid,) in struct.iter_unpack("I", raw)]
+    with contextlib.suppress(KeyError):
+        user = pwd.getpwuid(uid)
+        return os.getgrouplist(user.pw_name, user.pw_gid)
+    return []
+
+
 def _open_process(peer: Peer) -> int:
     """Return a pidfd of the process that connected, else of the one that has its pid now.
 
     Raises:
         OSError, AttributeError: there is none to be had, a sandbox refuses it, or the process is gone.
     """
-    with contextlib.suppress(OSError):
+    try:
         return peer.connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError:
+        if not peer.pid:  # of another pid namespace: no number leads to it
+            raise
     return os.pidfd_open(peer.pid)

@@ -27,7 +27,7 @@ from shmpool.errors import MechanismError
 from shmpool.frames import Message
 from shmpool.layout import ENDPOINTS, SLOTS, WORKERS
 from shmpool.names import Names
-from shmpool.rows import owner_of
+from shmpool.rows import owner_of, parent_of
 from shmpool.segment import Segment
 from shmpool.settings import EndpointSettings
 from shmpool.states import Admin, Health, Role, Use, Verdict
@@ -35,10 +35,11 @@ from shmpool.words import YES, Kind
 from shmpool.words import field as field_of
 from shmpool_coordinator import health
 from shmpool_coordinator.arbiter import Arbiter, waiting_groups
-from shmpool_coordinator.config import Config, ConfigError, load
+from shmpool_coordinator.config import Config, ConfigError
 from shmpool_coordinator.config import Probe as ProbeOptions
 from shmpool_coordinator.control import Control, Peer, Reply, RequestError
 from shmpool_coordinator.health import EndpointHealth, ProbeResult
+from shmpool_coordinator.origin import File, Origin, password_findings
 from shmpool_coordinator.probe import Probe, parse_conninfo
 from shmpool_coordinator.reaper import Reaper
 from shmpool_coordinator.registry import Access, Registry, lock_pool
@@ -51,8 +52,10 @@ ENDING_TICK_S: Final = 0.005  # while a worker is just ending: its locks and soc
 CHECK_EVERY_S: Final = 1.0  # names, drained rows, linger
 EVIDENCE_GAP_S: Final = 0.1  # at most one extra probe per endpoint in this time
 SETTLE_AT_END_S: Final = 2.0
+DEPART_S: Final = 10.0  # a mule's workers: their requests may take longer, but a mule alone is to be replaced soon
 CLOCK_STEP_S: Final = 0.1
 JITTER: Final = 0.1
+HANDLED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 OTHER_FILES: Final = 128  # semaphores, probes, looks at sessions
 
 EXIT_OK: Final = 0
@@ -154,19 +157,31 @@ class Watch:
 class Daemon:
     """One pool's coordinator."""
 
-    def __init__(self, config: Config, *, linger_s: float | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        origin: Origin | None = None,
+        linger_s: float | None = None,
+        master_pid: int | None = None,
+    ) -> None:
         """Become the coordinator of the configured pool and make or adopt its segment.
 
         Args:
+            origin: where the configuration comes from; default: the file that it was read from.
             linger_s: end so many seconds after the last worker row became free; None: never.
+            master_pid: the master that runs this process beside its workers and ends both together (mule.py).
 
         Raises:
-            CoordinatorRunningError, SegmentMismatchError, SegmentInUseError, OSError, ValueError, KeyError.
+            CoordinatorRunningError, SegmentMismatchError, SegmentInUseError, OSError, ValueError.
         """
         self.names = Names.of(config.name)
-        self.config_path = Path(config.source)
+        self._origin = origin or File(Path(config.source))
         self._access = Access.of(config)
         self._linger_s = linger_s
+        self._master_pid = master_pid
+        self._depart_by: float | None = None  # the master ended us and its workers: these have time until then
+        self._is_reload = False  # it will come back
         self._selector = selectors.EpollSelector()
         self._results: queue.SimpleQueue[tuple[Prober, ProbeResult]] = queue.SimpleQueue()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -209,9 +224,9 @@ class Daemon:
         """Serve until a signal, `stop` or the linger time ends it; return the exit code."""
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in HANDLED:
             signal.signal(number, lambda number, _: self._signals.add(number))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # one that came too early is served now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)  # one that came too early is served now
         self._selector.register(read_fd, selectors.EVENT_READ, lambda _: os.read(read_fd, 4096))
         how = "adopted" if self.registry.is_adopted else "created"
         how += ", retired: its successor opens when nothing is held any more" if self.registry.is_retired else ""
@@ -267,6 +282,8 @@ class Daemon:
         if now >= self._next_check:
             self._next_check = now + CHECK_EVERY_S
             self._check(now)
+        if self._depart_by is not None and (now >= self._depart_by or not self._has_siblings()):
+            self._is_ending = True
         self._next_tick = now + (ENDING_TICK_S if self.reaper.awaits_an_end else BUSY_TICK_S if waiters else TICK_S)
 
     def _check(self, now: float) -> None:
@@ -309,12 +326,27 @@ class Daemon:
     def _take_signals(self) -> None:
         while self._signals:
             number = self._signals.pop()
-            if number == signal.SIGHUP:
+            if self._master_pid is not None:
+                self._depart(number)
+            elif number == signal.SIGHUP:
                 with contextlib.suppress(ConfigError, ValueError, OSError):
                     self.reload()
             else:
                 log.info("pool %s: %s, ending", self.names.pool, signal.Signals(number).name)
                 self._is_ending = True
+
+    def _depart(self, number: int) -> None:
+        """End after the master's workers, which it has told to end as well."""
+        if self._depart_by is None:
+            self._depart_by = monotonic() + DEPART_S
+        self._is_reload = number != signal.SIGINT
+        name = signal.Signals(number).name
+        log.info("pool %s: %s, ending after the workers of pid %d", self.names.pool, name, self._master_pid)
+
+    def _has_siblings(self) -> bool:
+        """Whether a worker of the master that runs this process still holds a row."""
+        holders = map(self.registry.locks.holder, range(self.segment.layout.workers))
+        return any(pid and parent_of(pid) == self._master_pid for pid in holders)
 
     # -- probes ------------------------------------------------------------------------------------
 
@@ -337,11 +369,18 @@ class Daemon:
             settings.endpoints,
             probe,
             grace_s=self.registry.config.coordinator.orphan_grace,
+            lookup=self._origin.passwords,
         )
 
     def _prober(self, endpoint: EndpointSettings) -> Prober:
         settings = self.registry.config.probe
-        probe = Probe(endpoint, pool=self.names.pool, overlay=settings.conninfo, timeout_s=settings.timeout)
+        probe = Probe(
+            endpoint,
+            pool=self.names.pool,
+            overlay=settings.conninfo,
+            timeout_s=settings.timeout,
+            lookup=self._origin.passwords,
+        )
 
         def hand_in(prober: Prober, result: ProbeResult) -> None:
             self._results.put((prober, result))
@@ -378,6 +417,8 @@ class Daemon:
         )
         watch.is_urgent = False
         watch.result = result
+        if result.verdict is Verdict.MISCONFIGURED and self._origin.passwords is not None:
+            self._origin.passwords.refused(watch.settings.name)
         self.registry.record_probe(watch.settings.index, watch.health, result, self._verdict(watch))
         self._record_lag(watch)
         self._tell(watch)
@@ -472,6 +513,7 @@ class Daemon:
             "reload": self._reload,
             "retire": self._retire,
             "repair": self._repair,
+            "passwords": self._passwords,
             "stop": self._stop,
         }.get(message["type"])
         if serve is None:
@@ -484,7 +526,7 @@ class Daemon:
             raise RequestError(f"worker row {row} has not generation {generation}")
         peer.row, peer.generation = row, generation
         owner = owner_of(self.segment, row)
-        if owner.pid == peer.pid and owner.visibly_lives():
+        if not peer.pid or (owner.pid == peer.pid and owner.visibly_lives()):  # 0: of another pid namespace
             self.control.watch(peer)
         return Reply("welcome", {"pid": os.getpid(), "heartbeat": TICK_S})
 
@@ -515,7 +557,7 @@ class Daemon:
             {
                 "pid": os.getpid(),
                 "pool": self.names.pool,
-                "config_file": str(self.config_path),
+                "config_file": self.registry.config.source,
                 "linger": self._linger_s,
                 "workers": sum(peer.row is not None for peer in self.control.peers),
                 "adoptions": self.segment.header("coordinator_adoptions"),
@@ -536,6 +578,25 @@ class Daemon:
             return Reply("reloaded", {"changes": self.reload()})
         except (ConfigError, ValueError, OSError) as error:
             raise RequestError(str(error)) from None
+
+    def _passwords(self, peer: Peer, message: Message) -> Reply:
+        """A process with the same configuration hands its passwords over: one may be newer than what is known."""
+        known = self._origin.passwords
+        if known is None:
+            raise RequestError(
+                f"pool {self.names.pool!r}: its configuration says where passwords are read, none is taken from here"
+            )
+        given: Any = message.get("passwords")
+        wrong = list(map(str, password_findings(given, self.registry.config.endpoints)))
+        if wrong:
+            raise RequestError("; ".join(wrong))
+        for watch in self._watches.values():
+            name = watch.settings.name
+            if name in given and known.take(name, given[name]):
+                log.info("endpoint %s: pid %d gave another password", name, peer.pid)
+                if watch.health.verdict is Verdict.MISCONFIGURED:
+                    watch.health = health.hasten(watch.health, monotonic())
+        return Reply("taken", {})
 
     def _retire(self, peer: Peer, _message: Message) -> Reply:
         """Let everybody leave the segment; `tick` makes its successor when the last one has."""
@@ -572,10 +633,10 @@ class Daemon:
         """Read the configuration file again; return what changed.
 
         Raises:
-            ConfigError, ValueError, OSError: the file cannot be used; nothing was changed.
+            ConfigError, ValueError, OSError: the file cannot be used, or there is none; nothing was changed.
         """
         try:
-            config = self._load()
+            config = self._of_this_pool(self._origin.read_again())
             if self.registry.is_retired:
                 raise ValueError("the segment is retired; its successor is made with the file as it is then")
             changes = self.registry.configure(config)
@@ -590,10 +651,12 @@ class Daemon:
         return changes
 
     def _load(self) -> Config:
-        """Read the configuration file.  Raises as `reload`."""
-        config = load(self.config_path)
+        """Return the configuration for a successor.  Raises as `reload`."""
+        return self._of_this_pool(self._origin.read())
+
+    def _of_this_pool(self, config: Config) -> Config:
         if config.name != self.names.pool:
-            raise ValueError(f"{self.config_path}: name is {config.name!r}, this is pool {self.names.pool!r}")
+            raise ValueError(f"{config.source}: name is {config.name!r}, this is pool {self.names.pool!r}")
         return config
 
     def _succeed(self) -> None:
@@ -627,7 +690,8 @@ class Daemon:
         """Leave: remove everything if nobody uses the pool, else leave it for the next coordinator."""
         self.control.close()
         try:
-            if self._exit_code == EXIT_OK and self._settle_all() and self._is_closed():
+            is_settled = self._exit_code == EXIT_OK and self._settle_all()
+            if is_settled and not self._is_reload and self._is_closed():
                 self.registry.unlink()
                 log.info("pool %s: ended, nothing is left", self.names.pool)
             else:

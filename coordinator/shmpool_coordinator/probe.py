@@ -3,9 +3,10 @@
 Guarantees.
 - `Probe.check` returns a result for whatever the server or the network does; it never raises for
   them.
-- A check ends within `timeout_s` for the connect and `timeout_s` for the query.  The one exception
-  is the resolution of a host name, which libpq does blocking: pass `hostaddr`, resolved off the
-  event loop.
+- A check ends within `timeout_s` for each connect (a second one follows an authentication failure)
+  and `timeout_s` for the query.  The exceptions are reading the secrets (credentials.py has the
+  bound) and the resolution of a host name, which libpq does blocking: pass `hostaddr`, resolved off
+  the event loop.
 - At most one server session per probe; after any failure there is none.
 Assumptions.
 - One thread at a time uses a probe, and no probe is used across fork.
@@ -13,16 +14,17 @@ Assumptions.
 
 from __future__ import annotations
 
+import ctypes
 import re
 import select
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import psycopg2
 from psycopg2 import extensions
 
-from shmpool.credentials import read_secrets
+from shmpool.credentials import Lookup, Secrets, may_be_cured, read_secrets
 from shmpool.settings import EndpointSettings
 from shmpool.states import Role, Verdict
 from shmpool_coordinator.health import ProbeResult
@@ -64,11 +66,13 @@ SELECT pg_is_in_recovery(), current_setting('transaction_read_only')::bool,
 # undefined_column
 REFUSALS_OF_THE_QUERY: Final = frozenset({"42501", "0A000", "42883", "42P01", "42703"})
 
+INVALID_AUTHORIZATION: Final = "28"
+
 # SQLSTATE, or its class where the whole class means the same.
 VERDICT_OF_SQLSTATE: Final[Mapping[str, Verdict]] = {
     "57P03": Verdict.STARTING,  # cannot_connect_now
     "53300": Verdict.FULL,  # too_many_connections
-    "28": Verdict.MISCONFIGURED,  # invalid authorization, password or role
+    INVALID_AUTHORIZATION: Verdict.MISCONFIGURED,  # or password, or role
     "3D": Verdict.MISCONFIGURED,  # no such database
     "42501": Verdict.MISCONFIGURED,  # insufficient_privilege
     "57P04": Verdict.MISCONFIGURED,  # database_dropped
@@ -79,9 +83,16 @@ VERDICT_OF_SQLSTATE: Final[Mapping[str, Verdict]] = {
     "08": Verdict.LOST,  # connection exceptions
 }
 
-# A failed connect has no SQLSTATE in psycopg2, only text.  The text may hold one line for each
-# address that was tried, so the first pattern found wins: what a live server said goes before what
-# the network did.
+# A failed connect has no SQLSTATE in psycopg2.  libpq writes it into a verbose message, where it
+# does not depend on the server's language: "FATAL:  28P01: ...", and a last line with the place in
+# the server's source.
+SQLSTATE_IN_TEXT: Final = re.compile(r":  ([0-9A-Z]{5}): ")
+SOURCE_IN_TEXT: Final = re.compile(r"\n\S+:  \w+, [\w.]+:\d+$")
+PQERRORS_DEFAULT: Final = 1
+PQERRORS_VERBOSE: Final = 2
+
+# What text tells where there is no SQLSTATE.  It may hold one line for each address that was tried,
+# so the first pattern found wins: what a live server said goes before what the network did.
 VERDICT_OF_TEXT: Final[tuple[tuple[Verdict, re.Pattern[str]], ...]] = tuple(
     (verdict, re.compile("|".join(patterns), re.IGNORECASE))
     for verdict, patterns in (
@@ -183,6 +194,14 @@ def connect_kwargs(settings: EndpointSettings, overlay: str) -> dict[str, str]:
     return parse_conninfo(settings.conninfo) | parse_conninfo(overlay)
 
 
+def sqlstate_of(error: BaseException) -> str | None:
+    """Return the SQLSTATE of a failed connect or query, None if the server said none."""
+    if isinstance(error, psycopg2.Error) and error.pgcode is not None:
+        return error.pgcode
+    told = SQLSTATE_IN_TEXT.search(str(error))
+    return told[1] if told else None
+
+
 def verdict_of(error: BaseException, sqlstate: str | None = None) -> Verdict:
     """Tell what a failed connect or query says of the endpoint: by SQLSTATE, else by text."""
     if sqlstate is not None:
@@ -198,10 +217,37 @@ def verdict_of(error: BaseException, sqlstate: str | None = None) -> Verdict:
     return Verdict.ERROR
 
 
+def _load_verbosity() -> Callable[[int, int], int] | None:
+    """Return PQsetErrorVerbosity of the libpq that psycopg2 uses; None where it cannot be reached."""
+    try:
+        function = ctypes.CDLL(psycopg2._psycopg.__file__).PQsetErrorVerbosity
+    except (OSError, AttributeError):
+        return None
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int), ctypes.c_int
+    return function
+
+
+_PQsetErrorVerbosity: Final = _load_verbosity()
+
+
+def _set_verbosity(connection: extensions.connection, verbosity: int) -> None:
+    """Choose how much libpq writes into this connection's messages; verdicts go by text where it cannot be chosen."""
+    if _PQsetErrorVerbosity is not None and connection.pgconn_ptr:
+        _PQsetErrorVerbosity(connection.pgconn_ptr, verbosity)
+
+
 class Probe:
     """One endpoint's kept connection and the check over it."""
 
-    def __init__(self, settings: EndpointSettings, *, pool: str, overlay: str = "", timeout_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        settings: EndpointSettings,
+        *,
+        pool: str,
+        overlay: str = "",
+        timeout_s: float = 1.0,
+        lookup: Lookup | None = None,
+    ) -> None:
         """Prepare; nothing is opened before the first `check`.
 
         Args:
@@ -209,6 +255,7 @@ class Probe:
             pool: the pool's name, for `application_name`.
             overlay: conninfo laid over the endpoint's.
             timeout_s: bound of the connect, and again of the query.
+            lookup: asked for secrets instead of what the endpoint's settings name.
         """
         self._settings = settings
         # Another user of the overlay has another password: libpq finds it its own ways.
@@ -217,6 +264,7 @@ class Probe:
         self._keywords["application_name"] = f"shmpool:{pool}:coordinator"
         self._name = settings.name
         self._timeout_s = timeout_s
+        self._lookup = lookup
         self._hostaddr = ""
         self._connection: extensions.connection | None = None
         self._query = FULL_QUERY
@@ -247,9 +295,9 @@ class Probe:
             return self._ask(connection)
         except (psycopg2.Error, TimeoutError, OSError) as error:
             self.close()
-            sqlstate = error.pgcode if isinstance(error, psycopg2.Error) else None
-            text = " ".join(str(error).split()) or type(error).__name__
-            return ProbeResult(verdict=verdict_of(error, sqlstate), error=text)
+            text = SOURCE_IN_TEXT.sub("", str(error).rstrip())
+            text = " ".join(text.split()) or type(error).__name__
+            return ProbeResult(verdict=verdict_of(error, sqlstate_of(error)), error=text)
 
     def close(self) -> None:
         """Close the kept connection; does nothing when there is none."""
@@ -258,17 +306,35 @@ class Probe:
             connection.close()
 
     def _open(self) -> extensions.connection:
+        """Connect; once more, with the secrets read anew, where they may just have been replaced."""
+        used = self._secrets()
+        try:
+            return self._connect(used)
+        except psycopg2.OperationalError as error:
+            sqlstate = sqlstate_of(error)
+            if verdict_of(error, sqlstate) is not Verdict.MISCONFIGURED:
+                raise
+            now = self._secrets()
+            if (sqlstate or "")[:2] != INVALID_AUTHORIZATION and not may_be_cured(str(error), used, now):
+                raise
+            self.close()
+            return self._connect(now)
+
+    def _secrets(self) -> Secrets:
+        return Secrets({}) if self._has_own_user else read_secrets(self._settings, self._lookup)
+
+    def _connect(self, secrets: Secrets) -> extensions.connection:
         deadline = time.monotonic() + self._timeout_s
         # libpq's connect_timeout has no part in this: it counts whole seconds, and not at all when
         # asynchronous.
         keywords: dict[str, Any] = dict(self._keywords)
-        if not self._has_own_user:
-            keywords |= read_secrets(self._settings)
         if self._hostaddr:
             keywords["hostaddr"] = self._hostaddr
         self._query = FULL_QUERY
-        self._connection = psycopg2.connect(async_=True, **keywords)
+        self._connection = psycopg2.connect(async_=True, **(keywords | dict(secrets)))
+        _set_verbosity(self._connection, PQERRORS_VERBOSE)
         self._wait(self._connection, deadline, "connect")
+        _set_verbosity(self._connection, PQERRORS_DEFAULT)
         return self._connection
 
     def _ask(self, connection: extensions.connection) -> ProbeResult:

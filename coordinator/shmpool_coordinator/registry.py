@@ -16,6 +16,7 @@ import contextlib
 import grp
 import logging
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -28,10 +29,10 @@ from shmpool.names import Names
 from shmpool.routing import is_role_allowed
 from shmpool.rows import Locks, Process
 from shmpool.segment import Segment
-from shmpool.settings import EndpointSettings, GroupSettings, PoolSettings
+from shmpool.settings import GIVEN, EndpointSettings, GroupSettings, PoolSettings
 from shmpool.states import Admin, Health, Role, SegmentState, Verdict
 from shmpool.words import Status
-from shmpool_coordinator.config import Config
+from shmpool_coordinator.config import Config, ConfigError
 from shmpool_coordinator.health import EndpointHealth, ProbeResult
 from shmpool_coordinator.permits import Permits
 from shmpool_coordinator.repair import repair
@@ -57,13 +58,24 @@ class Access:
 
     @classmethod
     def of(cls, config: Config) -> Access:
-        """Look the configured group up.
+        """Look the configured group up; a number is one without a name, as containers have them.
 
         Raises:
-            KeyError: there is no such group.
+            ConfigError: there is no such group, or this process is not in it and can give nothing to it.
         """
-        gid = grp.getgrnam(config.access.group).gr_gid if config.access.group else -1
-        return cls(config.access.effective_mode, gid)
+        group = config.access.group
+        if not group:
+            return cls(config.access.effective_mode, -1)
+        try:
+            gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+        except KeyError:
+            found = f'"{group}", which is no group here'
+        else:
+            if os.geteuid() == 0 or gid in (os.getegid(), *os.getgroups()):
+                return cls(config.access.effective_mode, gid)
+            found = f'"{group}" (gid {gid}), of which uid {os.geteuid()} is no member'
+        expected = "a unix group of the user that the coordinator runs as"
+        raise ConfigError(config.source or GIVEN, (f"access.group: found {found}, expected {expected}",))
 
 
 def lock_pool(names: Names, access: Access) -> Locks:
@@ -89,7 +101,7 @@ def _config_of_other(names: Names) -> str:
     with contextlib.suppress(MechanismError):
         other = segment.attach(names)
         try:
-            return f", with config {other.read_settings()[1].config_file}"
+            return f", with config {other.read_settings()[1].config_file or GIVEN}"
         finally:
             other.release()
     return ""
@@ -126,7 +138,7 @@ class Registry:
                 self._warn_of_differences(self.settings)
             try:
                 self.configure(config)
-            except (ValueError, OSError):
+            except (MechanismError, ValueError, OSError):
                 if not self.is_adopted:
                     self.unlink()
                 raise
@@ -144,13 +156,21 @@ class Registry:
             self.segment.set_header("state", SegmentState.OPEN)
 
     def _warn_of_differences(self, settings: PoolSettings) -> None:
-        shape, limits = self.segment.layout, self.config.limits
+        shape, limits, info = self.segment.layout, self.config.limits, os.stat(self.names.segment)
+        if self._access != Access(stat.S_IMODE(info.st_mode), info.st_gid if self._access.gid >= 0 else -1):
+            log.warning(
+                "pool %s: [access] differs from what its names were made with (mode %04o, gid %d); it takes effect "
+                "when they are made anew: stop coordinator and workers, then start",
+                self.names.pool,
+                stat.S_IMODE(info.st_mode),
+                info.st_gid,
+            )
         if settings.config_file != self.config.source:
             log.warning(
-                "pool %s: was configured by %s, now by %s",
+                "pool %s: its configuration was %s, now %s",
                 self.names.pool,
-                settings.config_file,
-                self.config.source,
+                settings.config_file or GIVEN,
+                self.config.source or GIVEN,
             )
         for key in ("workers", "slots_per_worker", "endpoints", "groups"):
             if getattr(shape, key) != getattr(limits, key):
@@ -207,7 +227,12 @@ class Registry:
     def _create(self) -> Segment:
         limits = self.config.limits
         shape = Layout(limits.workers, limits.slots_per_worker, limits.endpoints, limits.groups)
-        made = segment.create(self.names, shape, mode=self._access.mode, gid=self._access.gid)
+        try:
+            made = segment.create(self.names, shape, mode=self._access.mode, gid=self._access.gid)
+        except OSError:
+            if self.locks.is_in_place():  # without a segment it is of no use
+                os.unlink(self.names.lock)
+            raise
         assert self.locks.inode is not None
         made.set_header("lock_inode", self.locks.inode)
         return made
@@ -300,9 +325,12 @@ class Registry:
             self.segment.publish(settings)
             if old is not None:
                 self.segment.set_header("reloads", self.segment.header("reloads") + 1)
+        changes = _changes(old, settings) if is_changed else []
+        if config.access != self.config.access:
+            changes.append("access: takes effect when the pool's names are made anew: stop coordinator and workers")
         self.settings, self.config = settings, config
         self._apply(settings, old)
-        return _changes(old, settings) if is_changed else []
+        return changes
 
     def _indexes(
         self,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from shmpool.clock import monotonic
+from shmpool.credentials import Lookup
 from shmpool.layout import SLOTS
 from shmpool.segment import Segment
 from shmpool.settings import EndpointSettings
@@ -246,8 +247,15 @@ class Sessions:
         self._endpoints: dict[int, EndpointSessions] = {}
         self._options: tuple[ProbeOptions, float] | None = None
 
-    def configure(self, endpoints: tuple[EndpointSettings, ...], probe: ProbeOptions, *, grace_s: float) -> None:
-        """Take in the endpoints; a changed one is asked anew."""
+    def configure(
+        self,
+        endpoints: tuple[EndpointSettings, ...],
+        probe: ProbeOptions,
+        *,
+        grace_s: float,
+        lookup: Lookup | None = None,
+    ) -> None:
+        """Take in the endpoints; a changed one is asked anew.  `lookup` as for a probe."""
         pool = self._segment.names.pool
         is_same = (probe, grace_s) == self._options
         self._options = (probe, grace_s)
@@ -255,7 +263,7 @@ class Sessions:
             known = self._endpoints.get(settings.index)
             if is_same and known is not None and known.settings == settings:
                 continue
-            look = SessionLook(settings, pool=pool, overlay=probe.conninfo, timeout_s=probe.timeout)
+            look = SessionLook(settings, pool=pool, overlay=probe.conninfo, timeout_s=probe.timeout, lookup=lookup)
             self._endpoints[settings.index] = EndpointSessions(pool, settings, look, grace_s, self._wake)
 
     def is_gone(self, slot: int, word: int) -> bool:

@@ -115,6 +115,14 @@ def refused_once(scene: Scene) -> Operation:
     return round_trip(scene)
 
 
+def secrets_replaced(scene: Scene) -> Operation:
+    """Be refused for a password that was just replaced, and be served with the one that is read then."""
+    scene.pool.checkin(scene.pool.checkout("write"))
+    scene.pool.rest()
+    scene.server.failures = [OperationalError("FATAL:  password authentication failed")]
+    return round_trip(scene)
+
+
 def cut_off_once(scene: Scene) -> Operation:
     """Lose an attempt to connect of which nobody knows how far it came, and be served by the other endpoint."""
     scene.pool.checkin(scene.pool.checkout("write"))
@@ -271,6 +279,7 @@ POOL_SCENARIOS: tuple[Scenario, ...] = (
     died_at_rest,
     epoch_changed,
     refused_once,
+    secrets_replaced,
     cut_off_once,
     on_connect_fails,
     wait_in_vain,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -132,6 +133,17 @@ def running_coordinator(config: str | Path, pool: str, *arguments: str) -> Itera
             if process.is_running:
                 process.terminate()
             remove_leftovers(pool)
+
+
+def watched_by(coordinator: int) -> list[int]:
+    """Return the pids of the processes of which a coordinator has a pidfd."""
+    found = []
+    for entry in Path(f"/proc/{coordinator}/fdinfo").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            fields = dict(line.split(":", 1) for line in entry.read_text().splitlines() if ":" in line)
+            if "Pid" in fields:
+                found.append(int(fields["Pid"]))
+    return found
 
 
 def remove_leftovers(pool: str) -> None:

@@ -1,7 +1,8 @@
-"""Gunicorn for tests: a real server that runs the example, on a configuration of its own."""
+"""Application servers for tests: real ones that run the example on a configuration of their own; Gunicorn is one."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -12,7 +13,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import psycopg2
 
 from shmpool.control_client import ControlError, request
 from shmpool.names import Names
@@ -33,6 +36,10 @@ downinter = "0.2s"
 [coordinator]
 linger = "{linger}"
 """
+SESSIONS = """
+SELECT count(*) FROM pg_stat_activity
+WHERE application_name LIKE %s AND application_name NOT LIKE '%%:coordinator'
+"""
 HOOKS = "from shmpool.hooks.gunicorn import *\n"
 
 
@@ -43,61 +50,56 @@ def example_config(pool: str, cluster: Cluster, *, read: int = 8, linger: str = 
     return text.replace("connections = 8", f"connections = {read}") + FAST.format(linger=linger)
 
 
-class GunicornServer:
-    """A running Gunicorn master with its workers; its hooks start the coordinator."""
+def request_to(port: int, path: str, form: str | None = None) -> tuple[int, dict[str, Any]]:
+    """Send one request (a form is posted) to a port and return status and answer."""
+    with contextlib.closing(http.client.HTTPConnection(HOST, port, timeout=20)) as connection:
+        connection.request("GET" if form is None else "POST", path, body=form)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
 
-    def __init__(
-        self, directory: Path, pool: str, config: str, *, hooks: str, app: str, options: Sequence[str]
-    ) -> None:
+
+class ExampleServer:
+    """A running master with its workers."""
+
+    port: int
+
+    def __init__(self, directory: Path, pool: str, config: str) -> None:
         self.names = Names.of(pool)
-        self._log = directory / "gunicorn.log"
-        toml, conf = directory / "shmpool.toml", directory / "gunicorn.conf.py"
-        toml.write_text(config)
-        conf.write_text(hooks)
-        environment = os.environ | {"SHMPOOL_NAME": pool, "SHMPOOL_CONFIG": str(toml)}
-        self.port = free_port()
-        with self._log.open("wb") as log:
-            arguments = ("--config", str(conf), "--pythonpath", str(directory), "--graceful-timeout", "10", *options)
+        self.directory = directory
+        self._log = directory / "server.log"
+        self._toml = directory / "shmpool.toml"
+        self._toml.write_text(config)
+
+    def start(self, command: Sequence[str]) -> None:
+        """Start it, in a process group of its own."""
+        with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                gunicorn_command(self.port, *arguments, app=app),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=EXAMPLE,
-                env=environment,
+                env=os.environ | {"SHMPOOL_NAME": self.names.pool, "SHMPOOL_CONFIG": str(self._toml)},
                 start_new_session=True,
             )
-        self.pid = self.process.pid  # of the master that serves; USR2 puts another in its place
+        self.pid = self.process.pid  # of the master that serves
 
     @property
     def log(self) -> str:
         """What master and workers printed."""
-        return self._log.read_text()
+        return self._log.read_text(errors="replace")
 
     def workers(self) -> set[int]:
-        """Return the pids of the master's workers, without another master."""
-        return {
-            pid
-            for pid in children_of(self.pid)
-            if start_time(pid) is not None and b"gunicorn" in _command(pid) and not self._is_master(pid)
-        }
-
-    def _is_master(self, pid: int) -> bool:
-        return bool(children_of(pid))
+        """Return the pids of the master's workers."""
+        raise NotImplementedError
 
     def request(self, path: str, form: str | None = None) -> tuple[int, dict[str, Any]]:
         """Send one request (a form is posted) and return status and answer."""
-        connection = http.client.HTTPConnection(HOST, self.port, timeout=20)
-        try:
-            connection.request("GET" if form is None else "POST", path, body=form)
-            response = connection.getresponse()
-            return response.status, json.loads(response.read())
-        finally:
-            connection.close()
+        return request_to(self.port, path, form)
 
     def is_ready(self) -> bool:
         """Whether it answers; fails if it ended."""
-        assert self.process.poll() is None, f"gunicorn ended: {self.log}"
+        assert self.process.poll() is None, f"the server ended: {self.log}"
         try:
             return self.request("/health")[0] == 200
         except OSError:
@@ -123,6 +125,16 @@ class GunicornServer:
         """Whether everything that dead workers held is settled."""
         return not any(worker.orphans for worker in self.status().workers)
 
+    def use_all_workers(self) -> None:
+        """Send requests until every worker has a row."""
+
+        def has_all() -> bool:
+            self.request("/slow?ms=20")
+            return self.workers() <= set(self.rows())
+
+        with Clients(self, "/slow?ms=20", 6):
+            wait_until(has_all, within=10, what=lambda: f"{self.workers()} {self.rows()} {self.log}")
+
     def reload(self) -> None:
         """SIGHUP; return when all workers are new ones."""
         old = self.workers()
@@ -134,18 +146,6 @@ class GunicornServer:
         victim = next(pid for pid in self.rows() if pid in self.workers())
         os.kill(victim, signal.SIGKILL)
         return victim
-
-    def upgrade(self) -> int:
-        """SIGUSR2; return the old master's pid once the new one has workers."""
-        old, workers = self.pid, self.workers()
-        os.kill(old, signal.SIGUSR2)
-        wait_until(
-            lambda: any(children_of(pid) for pid in children_of(old) if pid not in workers),
-            within=START_S,
-            what=lambda: self.log,
-        )
-        self.pid = next(pid for pid in children_of(old) if pid not in workers and children_of(pid))
-        return old
 
     def stop(self) -> None:
         """End every master and worker in order; kill what does not end."""
@@ -161,10 +161,51 @@ class GunicornServer:
                 self.process.wait()
 
 
+class GunicornServer(ExampleServer):
+    """A running Gunicorn; its hooks start the coordinator.  USR2 puts another master in the place of its own."""
+
+    def __init__(
+        self, directory: Path, pool: str, config: str, *, hooks: str, app: str, options: Sequence[str]
+    ) -> None:
+        super().__init__(directory, pool, config)
+        conf = directory / "gunicorn.conf.py"
+        conf.write_text(hooks)
+        self.port = free_port()
+        arguments = ("--config", str(conf), "--pythonpath", str(directory), "--graceful-timeout", "10", *options)
+        self.start(gunicorn_command(self.port, *arguments, app=app))
+
+    def workers(self) -> set[int]:
+        """Return the pids of the master's workers, without another master."""
+        return {
+            pid
+            for pid in children_of(self.pid)
+            if start_time(pid) is not None and b"gunicorn" in _command(pid) and not children_of(pid)
+        }
+
+    def upgrade(self) -> int:
+        """SIGUSR2; return the old master's pid once the new one has workers."""
+        old, workers = self.pid, self.workers()
+        os.kill(old, signal.SIGUSR2)
+        wait_until(
+            lambda: any(children_of(pid) for pid in children_of(old) if pid not in workers),
+            within=START_S,
+            what=lambda: self.log,
+        )
+        self.pid = next(pid for pid in children_of(old) if pid not in workers and children_of(pid))
+        return old
+
+
+class Answering(Protocol):
+    """A server that takes requests."""
+
+    def request(self, path: str, form: str | None = None) -> tuple[int, dict[str, Any]]:
+        """Send one request and return status and answer."""
+
+
 class Clients:
     """Threads that send one request after another (or just one each); `failures` holds what went wrong."""
 
-    def __init__(self, server: GunicornServer, path: str, count: int, *, often: bool = True) -> None:
+    def __init__(self, server: Answering, path: str, count: int, *, often: bool = True) -> None:
         self.served = 0
         self.failures: list[str] = []
         self._is_over = not often
@@ -194,6 +235,39 @@ class Clients:
             if self._is_over:
                 return
             time.sleep(0.002)  # a client, not a flood
+
+
+class Sampler:
+    """Counts the sessions of a pool's workers, at the servers, again and again; `most` is the highest count."""
+
+    def __init__(self, cluster: Cluster, pool: str) -> None:
+        self.most = 0
+        self.samples = 0
+        self._connections = [psycopg2.connect(server.conninfo()) for server in cluster.servers]
+        self._pattern = f"%shmpool:{pool}:%"
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Sampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+        for connection in self._connections:
+            connection.close()
+
+    def _run(self) -> None:
+        while not self._is_over.wait(0.003):
+            counted = 0
+            for connection in self._connections:
+                connection.autocommit = True
+                with connection.cursor() as cursor:
+                    cursor.execute(SESSIONS, (self._pattern,))
+                    counted += int((cursor.fetchone() or (0,))[0])
+            self.most = max(self.most, counted)
+            self.samples += 1
 
 
 @contextmanager

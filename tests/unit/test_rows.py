@@ -206,6 +206,14 @@ def test_other_pid_namespace_is_not_seen_alive(pool: tuple[Segment, Locks]) -> N
     assert start_time(2**22 + 1) is None
 
 
+def test_row_of_the_same_pid_in_another_namespace_is_not_mine(pool: tuple[Segment, Locks]) -> None:
+    """The first processes of two containers that started together: both are pid 1, and one takes the dead one's row."""
+    segment, locks = pool
+    me = Process.current()
+    name_owner(segment, 0, me._replace(namespace=me.namespace + 1))
+    assert {take_row(segment, locks).number for _ in range(3)} == {0, 1, 2}
+
+
 def test_closed_descriptor_loses_the_lock_but_not_the_row(pool: tuple[Segment, Locks]) -> None:
     """A process that closes any descriptor of the lock file loses its lock; seen alive, it is not reaped."""
     segment, locks = pool

@@ -303,7 +303,7 @@ names = Names.of("full")
 try:
     segment.create(names, Layout(128, 32, 16, 32))
 except OSError as error:
-    assert "enlarge /dev/shm or lower [limits]" in str(error), error
+    assert "needs 786432 bytes, 65536 are free; enlarge /dev/shm" in str(error), error
     assert not names.segment.exists()
     sys.exit(0)
 sys.exit("created in spite of a full file system")

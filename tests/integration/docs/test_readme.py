@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,20 @@ def test_gunicorn_configuration_is_accepted(marker: str) -> None:
     """The Gunicorn configurations of the README define the hooks that Gunicorn calls."""
     code = next(block for block in blocks("python") if marker in block and "gunicorn" in block)
     run_python(f"{code}\nassert callable(post_fork) and callable(on_starting)")
+
+
+def test_uwsgi_configuration_is_that_of_the_example() -> None:
+    """What the README shows of uWSGI is what `make run-uwsgi` runs, but for places."""
+    example = ROOT / "examples" / "uwsgi"
+    (text,) = blocks("ini")
+    shown, run = (ConfigParser(interpolation=None) for _ in range(2))
+    shown.read_string(text)
+    run.read_string((example / "uwsgi.ini").read_text())
+    assert set(shown["uwsgi"]) - {"env"} <= set(run["uwsgi"])
+    for key in ("master", "module", "die-on-term", "import"):
+        assert shown["uwsgi"][key] == run["uwsgi"][key]
+    (mule,) = (block for block in blocks("python") if "shmpool_mule.py" in block)
+    assert mule.splitlines()[1:] == (example / "shmpool_mule.py").read_text().splitlines()[2:]
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shmpool import Pool
 from shmpool.attachment import Attachment
-from tests.support.coordinator import CoordinatorProcess
+from tests.support.coordinator import CoordinatorProcess, watched_by
 from tests.support.waiting import wait_until
 
 
@@ -64,17 +62,6 @@ def test_handler_that_raises_around_a_fork_is_made_good_by_the_next_checkout(
         assert background_of(pool) is None
         with pool.connection("auto"):
             assert background_of(pool) is not None
-
-
-def watched_by(coordinator: int) -> list[int]:
-    """Return the pids of the processes of which a coordinator has a pidfd."""
-    found = []
-    for entry in Path(f"/proc/{coordinator}/fdinfo").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            fields = dict(line.split(":", 1) for line in entry.read_text().splitlines() if ":" in line)
-            if "Pid" in fields:
-                found.append(int(fields["Pid"]))
-    return found
 
 
 def test_coordinator_watches_the_process_as_long_as_it_is_connected(pool: Pool, shared: CoordinatorProcess) -> None:

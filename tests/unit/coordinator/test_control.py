@@ -164,14 +164,19 @@ def test_end_of_a_process_is_told_though_its_connection_stays(desk: Desk) -> Non
 def test_without_pidfd_the_connection_has_to_do(
     desk: Desk, refusal: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where a pidfd is refused one line says so, and the end of the connection is told as ever."""
+    """Where pidfds are refused one line says so and what to do, and ends of connections are told as ever."""
     monkeypatch.setattr(control, "_SO_PEERPIDFD", 9999)
     monkeypatch.setattr(os, "pidfd_open", Mock(side_effect=refusal))
-    with caplog.at_level(logging.DEBUG), desk.connect() as worker:
-        assert desk.exchange(worker, encode("hello", row=3))[0]["type"] == "welcome"
-    desk.turn()
-    assert desk.ended == [3]
-    assert [record.levelname for record in caplog.records] == ["DEBUG"]
+    with caplog.at_level(logging.DEBUG):
+        for row in (3, 4):
+            with desk.connect() as worker:
+                assert desk.exchange(worker, encode("hello", row=row))[0]["type"] == "welcome"
+            desk.turn()
+    assert desk.ended == [3, 4]
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    assert "(no): " in record.getMessage()
+    assert "allow pidfd_open in the seccomp profile" in record.getMessage()
 
 
 def test_unasked_messages_go_to_their_rows(desk: Desk) -> None:

@@ -27,13 +27,14 @@ sys.exit(main(["run", "--config", sys.argv[1]]))
 """
 RUN_WITH_EARLY_HANGUP = """
 import os, signal, sys
-from shmpool_coordinator import cli
+from shmpool_coordinator import cli, origin
 
-def load(path, known=cli.load):
+def load(path, known=origin.load):
+    origin.load = known
     os.kill(os.getpid(), signal.SIGHUP)
     return known(path)
 
-cli.load = load
+origin.load = load
 sys.exit(cli.main(["run", "--config", sys.argv[1]]))
 """
 
