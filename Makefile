@@ -2,27 +2,33 @@ PYTHON ?= python3
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run demo test check bench crash model chaos layout clean
+.PHONY: help venv venv-uwsgi run run-uwsgi demo test check bench crash model chaos layout clean
 
 help:
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv:            ## make or refresh the environment in .venv (PYTHON=python3.12 picks another Python)
 	@$(PYTHON) tools/bootstrap.py
 
+venv-uwsgi: venv ## compile uWSGI into it (half a minute, once; without a C compiler its tests are skipped)
+	@$(PY) tools/bootstrap.py uwsgi
+
 run: venv        ## run a coordinator and workers against a throw-away PostgreSQL server
 	@$(PY) -m tools.run
+
+run-uwsgi: venv-uwsgi ## the same under uWSGI, with the coordinator as its mule
+	@$(PY) -m tools.run --server uwsgi
 
 demo: venv       ## the same with a short guided demonstration
 	@$(PY) -m tools.run --demo
 
-test: venv       ## run the tests
+test: venv-uwsgi ## run the tests
 	@$(PY) -m pytest
 
-check: venv      ## run everything that must pass: format, lint, types, layers, tests, wheel
+check: venv-uwsgi ## run everything that must pass: format, lint, types, layers, tests, wheel
 	@$(PY) -m tools.check
 
-bench: venv      ## measure
+bench: venv-uwsgi ## measure
 	@$(PY) -m tools.bench
 
 crash: venv      ## run the crash tests at every point

@@ -16,15 +16,21 @@ CANDIDATES = ("python3.13", "python3.12", "python3.11")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
 VENV_PYTHON = os.path.join(VENV, "bin", "python")
+INSTALL = [VENV_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
 STAMP = os.path.join(VENV, "shmpool.stamp")
 INPUTS = ("pyproject.toml", "constraints.txt")
+UWSGI = os.path.join(VENV, "bin", "uwsgi")
+UWSGI_LOG = os.path.join(VENV, "uwsgi.log")
 
 
 def main() -> None:
     with open(os.path.join(ROOT, INPUTS[0])) as lock:
         # Two makes at once: the second waits and finds the work done.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refresh()
+        if sys.argv[1:] == ["uwsgi"]:
+            add_uwsgi()
+        else:
+            refresh()
 
 
 def refresh() -> None:
@@ -46,11 +52,27 @@ def refresh() -> None:
         say("making .venv with Python {}.{}".format(*sys.version_info[:2]))
         run([sys.executable, "-m", "venv", "--clear", VENV], "make the virtual environment")
     say("installing packages (about 20 s)")
-    install = [VENV_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    run([*install, "-c", "constraints.txt", "-e", ".[dev]"], "install the packages")
+    run([*INSTALL, "-e", ".[dev]"], "install the packages")
     with open(STAMP, "w") as stamp_file:
         stamp_file.write("\n".join(wanted))
     say("ready")
+
+
+def add_uwsgi() -> None:
+    """Compile uWSGI, unless it is there.  Where that fails the rest works without it: an error in CI only."""
+    if os.path.exists(UWSGI):
+        return
+    say("compiling uWSGI (half a minute)")
+    with open(UWSGI_LOG, "w") as log:
+        status = subprocess.call([*INSTALL, "-e", ".[dev-uwsgi]"], cwd=ROOT, stdout=log, stderr=log)
+    if status:
+        told = (
+            "uWSGI could not be compiled: it takes a C compiler and Python's headers (Debian, Ubuntu: apt install gcc"
+            f" libc6-dev python3-dev); the reason is in {UWSGI_LOG}"
+        )
+        if os.environ.get("CI"):
+            stop(told)
+        say(told + "; its tests are skipped")
 
 
 def wanted_stamp() -> "list[str]":

@@ -1,4 +1,4 @@
-"""`make run` and `make demo`: the example on throw-away servers, with a coordinator and Gunicorn.
+"""`make run`, `make run-uwsgi`, `make demo`: the example on throw-away servers, with a coordinator.
 
 Ctrl-C, SIGTERM or a program that ends by itself end everything, in order; what is left is looked for and told.
 """
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workers=options.workers,
         port=options.port,
         keep_logs=options.keep_logs,
+        server=options.server,
     )
     code = 0
     try:
@@ -71,11 +72,13 @@ def _serve(stage: Stage) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.run",
-        description="Run the Gunicorn example on throw-away PostgreSQL servers until Ctrl-C.",
+        description="Run the example on throw-away PostgreSQL servers until Ctrl-C.",
     )
-    parser.add_argument("--demo", action="store_true", help="drive it: load, faults, and what became of them (20 s)")
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="Gunicorn workers (default 4)")
-    parser.add_argument("--port", type=int, default=0, metavar="N", help="of Gunicorn (default: any free one)")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--demo", action="store_true", help="drive it: load, faults, and what became of them (20 s)")
+    how.add_argument("--server", choices=["gunicorn", "uwsgi"], default="gunicorn", help="default: gunicorn")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="worker processes (default 4)")
+    parser.add_argument("--port", type=int, default=0, metavar="N", help="of the server (default: any free one)")
     parser.add_argument("--name", metavar="POOL", help="the pool's name (default: run-PID or demo-PID)")
     parser.add_argument("--keep-logs", action="store_true", help="keep the directory with configuration and logs")
     return parser

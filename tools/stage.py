@@ -1,4 +1,4 @@
-"""Everything that `make run` shows, started and ended in order: servers, coordinator, Gunicorn with the example.
+"""Everything that `make run` shows, started and ended in order: servers, coordinator, the example under its server.
 
 Guarantees: leaving the `with` block ends all of it, also after an error, and `left` names what would still be there.
 Assumptions: signals only set a flag (`Signals`), so nothing is torn apart between two steps.
@@ -29,10 +29,13 @@ from shmpool import tables
 from shmpool.launch import serving_pid
 from shmpool.names import Names
 from shmpool.observation import observe
+from shmpool.states import Health
 from tools.pg_cluster import HOST, Cluster
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 EXAMPLE: Final = ROOT / "examples" / "gunicorn"
+UWSGI_EXAMPLE: Final = ROOT / "examples" / "uwsgi"
+UWSGI: Final = Path(sys.executable).with_name("uwsgi")
 START_S: Final = 20.0
 STOP_S: Final = 15.0
 POLL_S: Final = 0.05
@@ -179,10 +182,25 @@ def gunicorn_command(port: int, *arguments: str, app: str = "app:application") -
     return [sys.executable, "-m", "gunicorn", *options, app]
 
 
-class Stage:
-    """Primary, standby, coordinator and Gunicorn, for the length of a `with` block."""
+def uwsgi_configuration(port: int, workers: int) -> str:
+    """Return the configuration of the uWSGI example for another port and another number of workers, from any place."""
+    text = (UWSGI_EXAMPLE / "uwsgi.ini").read_text()
+    text = re.sub(r"^http-socket = .*$", f"http-socket = {HOST}:{port}", text, flags=re.MULTILINE)
+    text = re.sub(r"^processes = .*$", f"processes = {workers}", text, flags=re.MULTILINE)
+    return text.replace("%d", f"{UWSGI_EXAMPLE}/")
 
-    def __init__(self, signals: Signals, *, pool: str, workers: int, port: int, keep_logs: bool) -> None:
+
+class Stage:
+    """Primary, standby, coordinator and application server, for the length of a `with` block.
+
+    Args:
+        server: "gunicorn", with a coordinator beside it, or "uwsgi", with the coordinator as its mule.
+    """
+
+    def __init__(
+        self, signals: Signals, *, pool: str, workers: int, port: int, keep_logs: bool, server: str = "gunicorn"
+    ) -> None:
+        self._server = server
         self.signals = signals
         self.names = Names.of(pool)
         self.workers = workers
@@ -199,8 +217,11 @@ class Stage:
     def __enter__(self) -> Self:
         try:
             self._start_servers()
-            self.start_coordinator()
-            self._start_gunicorn()
+            if self._server == "uwsgi":
+                self._start_uwsgi()
+            else:
+                self.start_coordinator()
+                self._start_gunicorn()
         except BaseException:
             self.close()
             raise
@@ -238,6 +259,23 @@ class Stage:
         self._start("gunicorn", command, cwd=EXAMPLE, env=environment)
         self.wait(self._answers, START_S, "Gunicorn answers")
         say(f"Gunicorn serves http://{HOST}:{self.port}/ with {self.workers} workers")
+
+    def _start_uwsgi(self) -> None:
+        if not UWSGI.exists():
+            raise StageError(f"{UWSGI} is not there: make venv-uwsgi compiles it, and says what is missing for that")
+        self.port = free_port(self._port)
+        file = self.directory / "uwsgi.ini"
+        file.write_text(uwsgi_configuration(self.port, self.workers))
+        environment = os.environ | {"SHMPOOL_NAME": self.names.pool, "SHMPOOL_CONFIG": str(self.config)}
+        self._start("uwsgi", [str(UWSGI), str(file)], env=environment)
+        self.wait(self._answers, START_S, "uWSGI answers")
+        self.wait(lambda: serving_pid(self.names, is_fresh=True) is not None, START_S, "the mule serves")
+        self.wait(self._knows_servers, START_S, "the coordinator knows the servers")
+        say(f"coordinator serves pool {self.names.pool}, pid {serving_pid(self.names)}, a mule of uWSGI")
+        say(f"uWSGI serves http://{HOST}:{self.port}/ with {self.workers} workers")
+
+    def _knows_servers(self) -> bool:
+        return all(endpoint.health is Health.UP for endpoint in observe(self.names).endpoints)
 
     def _answers(self) -> bool:
         try:
@@ -291,8 +329,8 @@ class Stage:
         print(flush=True)
 
     def close(self) -> None:
-        """End everything: Gunicorn, then the coordinator, then the servers."""
-        for name in ("gunicorn", "coordinator"):
+        """End everything: the application server, then the coordinator, then the servers."""
+        for name in ("uwsgi", "gunicorn", "coordinator"):
             child = self.children.pop(name, None)
             if child is not None:
                 child.stop()

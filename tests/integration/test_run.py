@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.postgres import require_postgres
+from tests.support.uwsgi import requires_uwsgi
 from tests.support.waiting import wait_until
 from tools.stage import DIRECTORY_PREFIX, ROOT
 
@@ -70,6 +71,22 @@ def test_run_serves_until_it_is_stopped(tmp_path: Path, signals: Sequence[signal
     text = output.read_text()
     assert "prefer-replica" in text
     assert text.index("Shutting down: Master") < text.index("ended, nothing is left") < text.index(NOTHING_LEFT)
+    assert "Traceback" not in text
+
+
+@requires_uwsgi
+def test_uwsgi_serves_with_the_coordinator_as_its_mule(tmp_path: Path) -> None:
+    """The example's own configuration serves, shows its workers as uWSGI's, and Ctrl-C ends everything in order."""
+    with running(tmp_path, "--server", "uwsgi", "--workers", "2") as (process, output):
+        url = wait_for_url(process, output)
+        with urllib.request.urlopen(url, timeout=10) as response:
+            assert response.status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(END_S) == 0, output.read_text()
+    text = output.read_text()
+    assert re.search(r"coordinator serves pool \S+, pid \d+, a mule of uWSGI", text)
+    assert text.index("goodbye to uWSGI") > text.index("ended, nothing is left")
+    assert NOTHING_LEFT in text
     assert "Traceback" not in text
 
 

@@ -19,7 +19,8 @@ from tools.bench import cold, footprint, serving, warm
 from tools.bench.rounds import ROUNDS
 from tools.pg_cluster import Cluster, Server
 
-SECTIONS = ("warm", "cold", "import", "idle", "gunicorn")
+SERVERS = {"gunicorn": serving.gunicorn, "uwsgi": serving.uwsgi}
+SECTIONS = ("warm", "cold", "import", "idle", *SERVERS)
 SETTLE_S = 3.0
 
 CONFIG = """
@@ -89,7 +90,7 @@ def main() -> None:
             print(f"claim and release, {label}")
             cold.cold(options.rounds)
     os.sched_setaffinity(0, everywhere)
-    if not {"warm", "idle", "gunicorn"} & set(chosen):
+    if not {"warm", "idle", *SERVERS} & set(chosen):
         return
     with Cluster(standbys=1) as cluster, _coordinator(cluster.primary, cluster.standbys[0]) as (name, pid):
         primary, standby = cluster.primary, cluster.standbys[0]
@@ -97,17 +98,15 @@ def main() -> None:
             print("coordinator, three endpoints")
             time.sleep(SETTLE_S)
             footprint.idle_coordinator(pid)
-        if "gunicorn" in chosen:
-            schema = Path("examples/gunicorn/schema.sql").read_text()
-            primary.execute(schema)
+        primary.execute(Path("examples/gunicorn/schema.sql").read_text())
         for cpus, label in ((everywhere, "unpinned"), (one, "pinned to one CPU")):
             serving.pin_everything(cpus)
             if "warm" in chosen:
                 print(f"warm checkout and checkin, {label}")
                 warm.warm(name, primary.conninfo(), options.rounds)
-            if "gunicorn" in chosen:
-                print(f"example under Gunicorn, {serving.WORKERS} sync workers, {label}")
-                serving.serving(name, standby.conninfo(), primary.conninfo(), options.rounds)
+            for server in [s for s in SERVERS if s in chosen]:
+                print(f"example under {server}, {serving.WORKERS} workers without threads, {label}")
+                serving.serving(SERVERS[server], name, standby.conninfo(), primary.conninfo(), options.rounds)
         serving.pin_everything(everywhere)
 
 

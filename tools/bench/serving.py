@@ -1,4 +1,4 @@
-"""The example under Gunicorn on shmpool, beside the same application on one raw connection per worker."""
+"""The example under Gunicorn or uWSGI on shmpool, beside the same application on one raw connection per worker."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -22,9 +22,11 @@ REQUESTS = 1200
 CLIENTS = 4
 START_S = 15.0
 
+Command = Callable[[int, str], list[str]]  # of a port and a module with an `application`
+
 
 class Site:
-    """A running Gunicorn."""
+    """A running application server."""
 
     def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
         self._process = process
@@ -44,7 +46,7 @@ class Site:
                 get(self._port)
             except OSError:
                 if time.monotonic() > deadline or self._process.poll() is not None:
-                    raise RuntimeError("Gunicorn did not start") from None
+                    raise RuntimeError("the application server did not start") from None
                 time.sleep(0.05)
             else:
                 return
@@ -68,13 +70,11 @@ def _cpu_seconds(pid: int) -> float:
 
 
 @contextmanager
-def _site(module: str, environment: Mapping[str, str]) -> Iterator[Site]:
+def _site(command: Command, module: str, environment: Mapping[str, str]) -> Iterator[Site]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--workers", str(WORKERS)]
-    options = ["--log-level", "error", *_without_control_socket()]
-    process = subprocess.Popen([*command, *options, f"{module}:application"], env={**os.environ, **environment})
+    process = subprocess.Popen(command(port, module), env={**os.environ, **environment})
     site = Site(process, port)
     try:
         site.wait_ready()
@@ -82,6 +82,19 @@ def _site(module: str, environment: Mapping[str, str]) -> Iterator[Site]:
     finally:
         process.terminate()
         process.wait(START_S)
+
+
+def gunicorn(port: int, module: str) -> list[str]:
+    """Return the command of a Gunicorn with sync workers."""
+    command = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--workers", str(WORKERS)]
+    return [*command, "--log-level", "error", *_without_control_socket(), f"{module}:application"]
+
+
+def uwsgi(port: int, module: str) -> list[str]:
+    """Return the command of a uWSGI with processes without threads; ours registers as its users do."""
+    command = [str(Path(sys.executable).with_name("uwsgi")), "--http-socket", f"127.0.0.1:{port}", "--master"]
+    options = ["--processes", str(WORKERS), "--module", f"{module}:application", "--need-app", "--die-on-term"]
+    return [*command, *options, "--import", "tools.bench.uwsgi_hooks", "--disable-logging", "--logto", os.devnull]
 
 
 def _without_control_socket() -> list[str]:
@@ -103,11 +116,15 @@ def pin_everything(cpus: set[int]) -> None:
                 waiting += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
 
 
-def serving(pool_name: str, read: str, write: str, rounds: int = ROUNDS) -> None:
-    """Print requests per second and CPU per request of both, and their ratios."""
+def serving(command: Command, pool_name: str, read: str, write: str, rounds: int = ROUNDS) -> None:
+    """Print requests per second and CPU per request of both, and their ratios.
+
+    Args:
+        command: `gunicorn` or `uwsgi`.
+    """
     with ExitStack() as stack:
-        ours = stack.enter_context(_site("examples.gunicorn.app", {"SHMPOOL_NAME": pool_name}))
-        raw = stack.enter_context(_site("tools.bench.raw_app", {"BENCH_READ": read, "BENCH_WRITE": write}))
+        ours = stack.enter_context(_site(command, "examples.gunicorn.app", {"SHMPOOL_NAME": pool_name}))
+        raw = stack.enter_context(_site(command, "tools.bench.raw_app", {"BENCH_READ": read, "BENCH_WRITE": write}))
         pin_everything(os.sched_getaffinity(0))
         found = alternate({"shmpool": ours.round, "raw": raw.round}, rounds)
         cpu = {"shmpool": ours.cpu_per_request[1:], "raw": raw.cpu_per_request[1:]}

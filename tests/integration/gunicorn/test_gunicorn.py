@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psycopg2
 import pytest
 
 from shmpool.control_client import request
 from shmpool.rows import start_time
-from shmpool.states import ServerKind, Use
+from shmpool.states import ServerKind
 from shmpool.status import RowState
-from tests.support.gunicorn import Clients, GunicornServer, example_config, running_gunicorn
+from tests.support.gunicorn import Clients, GunicornServer, Sampler, example_config, running_gunicorn
 from tests.support.waiting import wait_until
 from tests.support.workers import sessions
 from tools.pg_cluster import Cluster
 from tools.stage import EXAMPLE
 
 CAP = 3
-SESSIONS = """
-SELECT count(*) FROM pg_stat_activity
-WHERE application_name LIKE %s AND application_name NOT LIKE '%%:coordinator'
-"""
 
 
 @pytest.fixture(scope="module")
@@ -36,50 +30,6 @@ def servers(cluster: Cluster) -> Iterator[Cluster]:
     wait_until(lambda: cluster.standbys[0].execute("SELECT to_regclass('entries') IS NOT NULL") == [(True,)])
     yield cluster
     cluster.primary.execute("DROP TABLE entries")
-
-
-class Sampler:
-    """Counts the sessions of a pool's workers, at the servers, again and again; `most` is the highest count."""
-
-    def __init__(self, cluster: Cluster, pool: str) -> None:
-        self.most = 0
-        self.samples = 0
-        self._connections = [psycopg2.connect(server.conninfo()) for server in cluster.servers]
-        self._pattern = f"%shmpool:{pool}:%"
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> Sampler:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-        for connection in self._connections:
-            connection.close()
-
-    def _run(self) -> None:
-        while not self._is_over.wait(0.003):
-            counted = 0
-            for connection in self._connections:
-                connection.autocommit = True
-                with connection.cursor() as cursor:
-                    cursor.execute(SESSIONS, (self._pattern,))
-                    counted += int((cursor.fetchone() or (0,))[0])
-            self.most = max(self.most, counted)
-            self.samples += 1
-
-
-def use_all_workers(server: GunicornServer) -> None:
-    """Send requests until every worker has a row."""
-
-    def has_all() -> bool:
-        server.request("/slow?ms=20")
-        return server.workers() <= set(server.rows())
-
-    with Clients(server, "/slow?ms=20", 6):
-        wait_until(has_all, within=10, what=lambda: f"{server.workers()} {server.rows()} {server.log}")
 
 
 @pytest.mark.parametrize("preload", [False, True], ids=["plain", "preload"])
@@ -96,7 +46,7 @@ def test_reads_reach_the_replica_and_writes_the_primary(
         assert (written[0], written[1]["role"]) == (201, "primary")
         wait_until(lambda: {"name": "Ann", "said": "<hello>"} in server.request("/")[1]["entries"])
         assert server.request("/")[1]["role"] == "replica"
-        use_all_workers(server)
+        server.use_all_workers()
         assert len(set(server.rows().values())) == 1, "workers of one start have one server generation"
         held = [w for w in server.status().workers if w.state is RowState.HELD]
         assert {(w.server, w.server_pid) for w in held} == {(ServerKind.GUNICORN, server.pid)}
@@ -121,11 +71,11 @@ def test_a_killed_workers_permits_return_and_its_replacement_works(
 ) -> None:
     """SIGKILL costs no permit."""
     with running_gunicorn(tmp_path, pool_name, example_config(pool_name, servers), "--workers", "2") as server:
-        use_all_workers(server)
+        server.use_all_workers()
         victim = server.kill_worker()
         wait_until(lambda: victim not in server.rows() and server.is_whole(), within=10, what=lambda: server.log)
         wait_until(lambda: len(server.workers()) == 2, within=10)
-        use_all_workers(server)
+        server.use_all_workers()
         assert server.status().violations == ()
     assert "Traceback" not in server.log
 
@@ -134,7 +84,7 @@ def test_reload_under_load_fails_no_request_and_keeps_the_cap(servers: Cluster, 
     """HUP starts all new workers before the old ones end; together they stay within the cap."""
     config = example_config(pool_name, servers, read=CAP)
     with running_gunicorn(tmp_path, pool_name, config, "--workers", "2") as server:
-        use_all_workers(server)
+        server.use_all_workers()
         before = set(server.rows().values())
         with Sampler(servers, pool_name) as sampler, Clients(server, "/slow?ms=5", 4) as clients:
             for _ in range(2):
@@ -143,7 +93,7 @@ def test_reload_under_load_fails_no_request_and_keeps_the_cap(servers: Cluster, 
                 wait_until(lambda seen=seen: clients.served > seen + 50, within=10)  # type: ignore[misc]
         assert clients.failures == []
         assert sampler.most <= CAP
-        use_all_workers(server)
+        server.use_all_workers()
         after = {generation for pid, generation in server.rows().items() if pid in server.workers()}
         assert min(after) > max(before), "the server generation grows with each reload"
         wait_until(server.is_whole, within=10)
@@ -163,7 +113,7 @@ def test_a_preloading_master_gives_back_what_it_opened(servers: Cluster, pool_na
     with running_gunicorn(
         tmp_path, pool_name, config.read_text(), *options, hooks=hooks, app="eager:application"
     ) as server:
-        use_all_workers(server)
+        server.use_all_workers()
         assert server.pid not in server.rows()
         assert "gave back 1 idle connections" in server.log
         assert "in read_entries" in server.log, "the log says who attached it"
@@ -189,7 +139,7 @@ def test_usr2_hands_over_to_a_second_master(servers: Cluster, pool_name: str, tm
     """Two masters share one coordinator and one cap under load; the old one's end removes nothing."""
     config = example_config(pool_name, servers, read=CAP)
     with running_gunicorn(tmp_path, pool_name, config, "--workers", "2") as server:
-        use_all_workers(server)
+        server.use_all_workers()
         before = max(server.rows().values())
         coordinator = request(server.names, "info")["pid"]
         with Sampler(servers, pool_name) as sampler, Clients(server, "/slow?ms=5", 4) as clients:
@@ -203,7 +153,7 @@ def test_usr2_hands_over_to_a_second_master(servers: Cluster, pool_name: str, tm
         assert clients.failures == []
         assert sampler.most <= CAP
         assert request(server.names, "info")["pid"] == coordinator
-        use_all_workers(server)
+        server.use_all_workers()
         assert all(generation > before for generation in server.rows().values())
         assert server.is_whole()
 
@@ -228,7 +178,7 @@ def test_a_worker_that_times_out_in_a_query_leaves_no_session(servers: Cluster, 
         Clients(server, "/slow?ms=5", 2) as others,
     ):
         wait_until(lambda: stuck_sessions(servers, pool_name), within=10, what=lambda: server.log)
-        victim = busiest(server)
+        victim = holder_of(stuck_sessions(servers, pool_name), server)
         wait_until(lambda: start_time(victim) is None, within=10, every=0.005, what=lambda: server.log)
         died = time.monotonic()
         wait_until(lambda: not stuck_sessions(servers, pool_name), every=0.005)
@@ -246,10 +196,10 @@ def test_a_worker_that_times_out_in_a_query_leaves_no_session(servers: Cluster, 
     assert f"WORKER TIMEOUT (pid:{victim})" in server.log
 
 
-def busiest(server: GunicornServer) -> int:
-    """Return the pid of the worker whose checkout is the oldest."""
-    ages = {w.pid: slot.since or 0.0 for w in server.status().workers for slot in w.slots if slot.use is Use.ACTIVE}
-    return max(ages, key=lambda pid: ages[pid])
+def holder_of(sessions: set[int], server: GunicornServer) -> int:
+    """Return the pid of the worker that holds the only one of these sessions."""
+    (victim,) = {w.pid for w in server.status().workers for slot in w.slots if slot.backend_pid in sessions}
+    return victim
 
 
 def test_a_killed_masters_workers_leave_nothing(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
@@ -259,7 +209,7 @@ def test_a_killed_masters_workers_leave_nothing(servers: Cluster, pool_name: str
         running_gunicorn(tmp_path, pool_name, config, "--workers", "2", "--timeout", "2") as server,
         Sampler(servers, pool_name) as sampler,
     ):
-        use_all_workers(server)
+        server.use_all_workers()
         coordinator = request(server.names, "info")["pid"]
         workers = server.workers()
         with Clients(server, "/slow?ms=5", 4) as clients:
@@ -288,7 +238,7 @@ post_fork = chain(post_fork, note)
 """
     config = example_config(pool_name, servers)
     with running_gunicorn(tmp_path, pool_name, config, "--workers", "1", hooks=hooks) as server:
-        use_all_workers(server)
+        server.use_all_workers()
         (worker,) = server.workers()
         assert f"my own hook in {worker}" in server.log
         assert server.rows()[worker] > 0

@@ -1,0 +1,5 @@
+"""The coordinator, as a mule of uWSGI."""
+
+from shmpool_coordinator.mule import main
+
+main()
