@@ -16,6 +16,9 @@ pytest_plugins = ["tests.support.postgres", "tests.support.coordinator", "tests.
 
 SHARED_MEMORY = Path("/dev/shm")
 CLEANUP_S = 5.0
+# What every process of a test run has in its environment, so that another run's are told apart.
+RUN = "SHMPOOL_TEST_RUN"
+os.environ[RUN] = str(os.getpid())
 # Python's own, started once and kept until exit.
 RESOURCE_TRACKER = "multiprocessing.resource_tracker"
 
@@ -54,13 +57,23 @@ def _foreign_stems(entries: set[Path]) -> Iterator[str]:
         if "POSIX" in words:
             at = words.index("POSIX")
             holders[int(words[at + 4].rsplit(":", 1)[1])] = int(words[at + 3])
-    ours = _descendants(os.getpid())
     for path in entries:
-        if path.suffix == ".lock" and str(os.getpid()) not in path.name:  # a detached coordinator of ours is no child
+        if path.suffix == ".lock":
             with contextlib.suppress(FileNotFoundError):
                 holder = holders.get(path.stat().st_ino)
-                if holder is not None and holder not in ours:
+                if holder is not None and not _is_of_this_run(holder):
                     yield path.stem
+
+
+def _is_of_this_run(pid: int) -> bool:
+    """Whether this test run started a process; a detached coordinator is no child."""
+    if pid in _descendants(os.getpid()):
+        return True
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # it has just ended, or hides its memory as ours do
+        return True
+    return f"{RUN}={os.getpid()}".encode() in environment
 
 
 def _descendants(pid: int) -> set[int]:
