@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shmpool.clock import monotonic
-from shmpool.layout import ENDPOINTS, HEADER
+from shmpool.layout import ENDPOINTS, HEADER, SLOT_WORDS
 from shmpool.routing import Candidate
 from shmpool.segment import Segment
 from shmpool.settings import EndpointSettings
-from shmpool.slots import EndpointPermits
-from shmpool.words import Control, Status
+from shmpool.slots import EndpointPermits, GroupPermits
+from shmpool.words import ORPHAN, PART_MASK, Control, Status
 
 _STATUS = ENDPOINTS.column("status")
 _LAG = ENDPOINTS.column("lag")
@@ -46,6 +46,16 @@ def read_candidates(
 ) -> list[Candidate]:
     """Return what is known of every endpoint."""
     return [read_candidate(segment, e, permits[e.index]) for e in settings]
+
+
+def count_held(segment: Segment, group: GroupPermits, endpoint: EndpointPermits) -> int:
+    """Count the connections that a group holds at an endpoint, those of dead workers included.
+
+    One copy of all slot words; right for one moment, and not for the caller's next step: others claim meanwhile.
+    """
+    start, end = segment.layout.span(SLOT_WORDS)
+    pair, mask = group.yes | endpoint.yes, PART_MASK & ~ORPHAN
+    return sum(word & mask == pair for word in segment.words[start:end].tolist())
 
 
 def heartbeat_age(segment: Segment) -> float:

@@ -42,11 +42,11 @@ from shmpool.connection import (
     role_of,
 )
 from shmpool.credentials import CredentialsError, may_be_cured, read_secrets
-from shmpool.endpoints import heartbeat_age, read_candidates, status_at
+from shmpool.endpoints import count_held, heartbeat_age, read_candidates, status_at
 from shmpool.errors import DisownedError, TableFullError
 from shmpool.pool_errors import NoEligibleEndpoint, PoolTimeout, WouldBlockEventLoop
 from shmpool.reports import describe_group
-from shmpool.routing import Route, choose, is_role_allowed, should_move
+from shmpool.routing import Candidate, Route, choose, is_fallback_spent, is_role_allowed, is_too_slow, should_move
 from shmpool.semaphores import SLICE_S, ring
 from shmpool.settings import GroupSettings
 from shmpool.slots import EndpointPermits, GroupPermits, Token
@@ -61,6 +61,7 @@ LIFETIME_JITTER: Final = 0.05
 POLITE_S: Final = 0.002  # about the cost of a connect
 REFUSED_PAUSE_S: Final = 0.05  # between rounds in which every eligible endpoint refused
 AVOID_S: Final = 1.0  # how long an endpoint that refused is tried last
+FALLBACK_REST_S: Final = 1.0  # how long a connection that fell back rests while the group may hold no more like it
 BYPASS_S: Final = 0.5  # a connection used within this window is handed out without a look at its socket
 _PASSING: Final = (
     "starting up",
@@ -255,8 +256,9 @@ class LocalGroup:
     def look_after_idle(self) -> None:
         """Give back idle connections that are recalled, too old, unused for `max_idle`, or that died.
 
-        And one of those that fell back on another endpoint than the group prefers, once a preferred one is there
-        again: its next user opens it there.  One at a time, as a server that returns is not to be stormed.
+        Those of a replica that lags too far as well, where there is a better one.  And one of those that fell back on
+        another endpoint than the group prefers, once a preferred one is there again: its next user opens it there.
+        One at a time, as a server that returns is not to be stormed.
         """
         now = monotonic()
         may_move = True
@@ -270,18 +272,45 @@ class LocalGroup:
                 self.give_back(lease)
             elif not self.is_fit(lease, is_wanted=False):
                 continue
-            elif may_move and self._should_move(lease):
+            elif self._is_too_slow(lease):
+                self.give_back(lease)
+            elif may_move and self._should_move(lease, now):
                 may_move = False
                 self.give_back(lease)
             else:
                 self.put_idle(lease)
 
-    def _should_move(self, lease: Lease) -> bool:
-        attachment, endpoint = self.attachment, lease.tether.endpoint
-        if endpoint is None or heartbeat_age(attachment.segment) > attachment.settings.stale_after:
+    def _candidates(self) -> list[Candidate]:
+        attachment = self.attachment
+        return read_candidates(attachment.segment, attachment.settings.endpoints, attachment.endpoints)
+
+    def _is_stale(self) -> bool:
+        """Whether the coordinator's heartbeat is too old to believe health, roles and lag."""
+        return heartbeat_age(self.attachment.segment) > self.attachment.settings.stale_after
+
+    def _held_at(self, endpoint: int) -> int:
+        """Count the connections that all workers of the host hold for this group at an endpoint."""
+        return count_held(self.attachment.segment, self.permits, self.attachment.endpoints[endpoint])
+
+    def _is_too_slow(self, lease: Lease) -> bool:
+        endpoint, settings = lease.tether.endpoint, self.settings
+        if endpoint is None or (settings.max_lag_s is None and settings.max_lag_bytes is None) or self._is_stale():
             return False
-        candidates = read_candidates(attachment.segment, attachment.settings.endpoints, attachment.endpoints)
-        return should_move(self.settings, candidates, endpoint.index)
+        groups = self.attachment.settings.groups
+        return is_too_slow(settings, self._candidates(), endpoint.index, groups, self._held_at)
+
+    def _should_move(self, lease: Lease, now: float) -> bool:
+        """Whether a connection is better opened elsewhere, or by a worker that has none where few may be had."""
+        endpoint = lease.tether.endpoint
+        if endpoint is None or self._is_stale():
+            return False
+        candidates = self._candidates()
+        if should_move(self.settings, candidates, endpoint.index):
+            return True
+        is_resting = now - lease.since >= FALLBACK_REST_S
+        return is_resting and is_fallback_spent(
+            self.settings, candidates, endpoint.index, self.attachment.settings.groups, self._held_at
+        )
 
     def put_idle(self, lease: Lease) -> None:
         """Let a connection rest; serve a waiting thread first."""
@@ -550,17 +579,21 @@ class LocalGroup:
         return token
 
     def _route(self, attempt: Attempt) -> Route:
-        """Ask for the endpoints to try now; those that refused lately come last."""
-        attachment = self.attachment
+        """Ask for the endpoints to try now; those that refused lately come last, and spare ones if all others did."""
         self._turn += 1
         route = choose(
             self.settings,
-            read_candidates(attachment.segment, attachment.settings.endpoints, attachment.endpoints),
-            is_stale=heartbeat_age(attachment.segment) > attachment.settings.stale_after,
+            self._candidates(),
+            is_stale=self._is_stale(),
+            groups=self.attachment.settings.groups,
+            held=self._held_at,
             turn=self._turn,
         )
         now = monotonic()
-        order = tuple(sorted(route.order, key=lambda index: self._avoid.get(index, 0.0) > now))
+        avoided = {index for index in route.order if self._avoid.get(index, 0.0) > now}
+        order = tuple(sorted(route.order, key=avoided.__contains__))
+        if not avoided >= set(order) - route.spare:
+            order = tuple(index for index in order if index not in route.spare)
         attempt.route = Route(order, route.refusals)
         return attempt.route
 

@@ -12,6 +12,7 @@ from enum import Enum, IntEnum
 from typing import Any, Final
 
 from shmpool.invariants import check
+from shmpool.replication import Server, is_lag_old
 from shmpool.settings import EndpointSettings, GroupSettings, PoolSettings
 from shmpool.states import Admin, Health, Role, SegmentState, ServerKind, Use, Verdict
 from shmpool.views import PermitRow, PoolView, SlotRow, WorkerRow
@@ -105,6 +106,7 @@ class EndpointReport:
     latency: float | None
     lag: float | None
     lag_bytes: int
+    is_lag_old: bool  # a replica's, as of an earlier moment: its primary is not seen now
     since: float | None  # age of the present state
     probed: float | None  # age of the last probe
 
@@ -404,9 +406,15 @@ def _endpoint(view: PoolView, workers: Sequence[WorkerReport], index: int, name:
         latency=row["latency"] if has_probe and row["latency"] > 0 else None,
         lag=row["lag"] if has_probe and row["lag"] >= 0 and status.role is Role.REPLICA else None,
         lag_bytes=row.get("lag_bytes", 0),
+        is_lag_old=has_probe and status.role is Role.REPLICA and _is_lag_old(view, index),
         since=_age(view, row["since"]) if row else None,
         probed=_age(view, row["probed_at"]) if row else None,
     )
+
+
+def _is_lag_old(view: PoolView, index: int) -> bool:
+    servers = {other: Server.of(row) for other, row in view.endpoints.items()}
+    return is_lag_old(servers.pop(index), servers.values())
 
 
 def _group(view: PoolView, workers: Sequence[WorkerReport], index: int, name: str) -> GroupReport:

@@ -283,7 +283,6 @@ class Table(BaseModel):
 
 # Group settings that are read, checked and published, and that workers of this version do not act on.
 NOT_IN_EFFECT: Final = (
-    "fallback_connections",
     "leak_after",
     "max_waiting",
     "per_worker_min",

@@ -25,8 +25,9 @@ from typing import Any, Final
 from shmpool.clock import monotonic
 from shmpool.errors import MechanismError
 from shmpool.frames import Message
-from shmpool.layout import ENDPOINTS, SLOTS, WORKERS
+from shmpool.layout import SLOTS, WORKERS
 from shmpool.names import Names
+from shmpool.replication import Lag, lag_of, primary_of
 from shmpool.rows import owner_of, parent_of
 from shmpool.segment import Segment
 from shmpool.settings import EndpointSettings
@@ -151,6 +152,7 @@ class Watch:
     result: ProbeResult | None = None
     last_evidence: float = -EVIDENCE_GAP_S
     is_urgent: bool = False
+    level_at: float | None = None  # when it was last known to have replayed all that its primary had
     told: tuple[Health, Role, Verdict] = field(default=(Health.UNKNOWN, Role.UNKNOWN, Verdict.NONE))
 
 
@@ -419,9 +421,12 @@ class Daemon:
         watch.result = result
         if result.verdict is Verdict.MISCONFIGURED and self._origin.passwords is not None:
             self._origin.passwords.refused(watch.settings.name)
-        self.registry.record_probe(watch.settings.index, watch.health, result, self._verdict(watch))
-        self._record_lag(watch)
-        self._tell(watch)
+        self.registry.record_probe(watch.settings.index, watch.health, result)
+        self._record_lag(watch, now)
+        for other in self._watches.values():  # a promotion supersedes another primary at once
+            if other is not watch:
+                self.registry.judge(other.settings.index, other.health)
+            self._tell(other)
         if self.registry.has_vacant_role():
             soon = now + self.registry.config.probe.fastinter
             for other in self._watches.values():
@@ -442,47 +447,27 @@ class Daemon:
                     return True
         return False
 
-    def _verdict(self, watch: Watch) -> Verdict:
-        """The probe's verdict, or ROLE_CONFLICT for a primary of which a newer timeline exists."""
-        mine = watch.result
-        if mine is None or watch.health.role is not Role.PRIMARY or mine.timeline is None:
-            return watch.health.verdict
-        for other in self._watches.values():
-            theirs = other.result
-            if (
-                theirs is not None
-                and other is not watch
-                and other.health.role is Role.PRIMARY
-                and other.health.health is Health.UP
-                and theirs.system_identifier == mine.system_identifier
-                and (theirs.timeline or 0) > mine.timeline
-            ):
-                return Verdict.ROLE_CONFLICT
-        return watch.health.verdict
-
-    def _record_lag(self, watch: Watch) -> None:
-        """A replica that has replayed what its primary had at the last look does not lag, however old that is."""
-        mine = watch.result
-        if mine is None or mine.verdict is not Verdict.OK:
+    def _record_lag(self, watch: Watch, now: float) -> None:
+        """Store how far a replica that just answered is behind; a primary is not."""
+        result, index = watch.result, watch.settings.index
+        if result is None or result.verdict is not Verdict.OK:
             return
-        if watch.health.role is not Role.REPLICA or mine.lsn is None:
-            self.registry.record_lag(watch.settings.index, 0, 0.0)
+        if watch.health.role is not Role.REPLICA or result.lsn is None:
+            is_primary = watch.health.role is Role.PRIMARY
+            self.registry.record_lag(index, Lag(0, 0.0) if is_primary else Lag(None, None))
             return
-        index = self.segment.layout.at(ENDPOINTS, watch.settings.index)
-        seen = self.segment.words[index + ENDPOINTS.column("system_identifier")]
-        positions = [
-            other.result.lsn
-            for other in self._watches.values()
-            if other.result is not None
-            and other.health.role is Role.PRIMARY
-            and other.result.lsn is not None
-            and (other.result.system_identifier or 0) & 0xFFFFFFFFFFFFFFFF == seen
-        ]
-        if not positions:
-            self.registry.record_lag(watch.settings.index, mine.lag_bytes, mine.lag_s)
-            return
-        behind = max(0, max(positions) - mine.lsn)
-        self.registry.record_lag(watch.settings.index, behind, 0.0 if behind == 0 else mine.lag_s)
+        replica = self.registry.server(index)
+        primary = primary_of(replica, [self.registry.server(other) for other in self._watches if other != index])
+        lag = lag_of(
+            replica,
+            primary,
+            replay_age=result.lag_s,
+            level_for=None if watch.level_at is None else now - watch.level_at,
+            last=self.registry.lag(index),
+        )
+        if lag.bytes == 0 and primary is not None and primary.is_seen:
+            watch.level_at = now
+        self.registry.record_lag(index, lag)
 
     def _tell(self, watch: Watch) -> None:
         status = self.registry.status(watch.settings.index)

@@ -26,11 +26,13 @@ from shmpool.clock import monotonic
 from shmpool.errors import CoordinatorRunningError, MechanismError, SegmentMissingError
 from shmpool.layout import ENDPOINTS, GROUPS, PERMITS, WORKERS, Layout
 from shmpool.names import Names
+from shmpool.replication import Lag, Server, is_superseded
 from shmpool.routing import is_role_allowed
 from shmpool.rows import Locks, Process
 from shmpool.segment import Segment
 from shmpool.settings import GIVEN, EndpointSettings, GroupSettings, PoolSettings
 from shmpool.states import Admin, Health, Role, SegmentState, Verdict
+from shmpool.views import read_row
 from shmpool.words import Status
 from shmpool_coordinator.config import Config, ConfigError
 from shmpool_coordinator.health import EndpointHealth, ProbeResult
@@ -472,19 +474,18 @@ class Registry:
             admin_config=old.admin_config if admin_config is None else admin_config,
         )
         is_changed = (old.health, old.role, old.admin) != (new.health, new.role, new.admin)
-        if is_changed or is_moved or old.epoch == 0:
+        is_conflict_changed = (old.verdict is Verdict.ROLE_CONFLICT) != (new.verdict is Verdict.ROLE_CONFLICT)
+        if old.epoch == 0:
+            self.record_lag(index, Lag(None, None))
+        if is_changed or is_conflict_changed or is_moved or old.epoch == 0:
             epoch = (old.epoch + 1) & 0xFFFFFFFF or 1
             new = new._replace(epoch=epoch)
             self.segment.times[at + ENDPOINTS.column("since")] = monotonic()
         if new != old:
             self.segment.words[at + ENDPOINTS.column("status")] = new.word()
 
-    def record_probe(self, index: int, health: EndpointHealth, result: ProbeResult, verdict: Verdict) -> None:
-        """Store what a probe saw.
-
-        Args:
-            verdict: that of the result, or ROLE_CONFLICT.
-        """
+    def record_probe(self, index: int, health: EndpointHealth, result: ProbeResult) -> None:
+        """Store what a probe saw."""
         words, times = self.segment.words, self.segment.times
         at = self.segment.layout.at(ENDPOINTS, index)
 
@@ -512,13 +513,41 @@ class Registry:
         if result.address is not None:
             is_moved = self._addresses.get(index, result.address) != result.address
             self._addresses[index] = result.address
-        self._set_status(index, is_moved=is_moved, health=health.health, role=health.role, verdict=verdict)
+        self.judge(index, health, is_moved=is_moved)
 
-    def record_lag(self, index: int, lag_bytes: int | None, lag_s: float | None) -> None:
-        """Store how far a replica is behind; None: unknown."""
+    def judge(self, index: int, health: EndpointHealth, *, is_moved: bool = False) -> None:
+        """Store an endpoint's health, role and verdict: ROLE_CONFLICT for a primary that another one supersedes.
+
+        The configuration has the last word: an endpoint that it no longer names supersedes nobody.
+        """
+        assert self.settings is not None
+        mine = self.server(index)._replace(role=health.role)
+        others = [self.server(e.index) for e in self.settings.endpoints if e.index != index and e.max_connections]
+        is_out = health.health is not Health.DOWN and is_superseded(mine, others)
+        self._set_status(
+            index,
+            is_moved=is_moved,
+            health=health.health,
+            role=health.role,
+            verdict=Verdict.ROLE_CONFLICT if is_out else health.verdict,
+        )
+
+    def server(self, index: int) -> Server:
+        """Return what was last known of an endpoint's server, by this coordinator or an earlier one."""
+        row = read_row(self.segment, ENDPOINTS, index)
+        return Server.of(row | {"status": Status.of(row["status"])})
+
+    def lag(self, index: int) -> Lag:
+        """Return how far a replica was behind when it was last known."""
         at = self.segment.layout.at(ENDPOINTS, index)
-        self.segment.words[at + ENDPOINTS.column("lag_bytes")] = lag_bytes or 0
-        self.segment.times[at + ENDPOINTS.column("lag")] = _UNKNOWN_LAG if lag_s is None else lag_s
+        seconds = self.segment.times[at + ENDPOINTS.column("lag")]
+        return Lag(self.segment.words[at + ENDPOINTS.column("lag_bytes")], seconds if seconds >= 0 else None)
+
+    def record_lag(self, index: int, lag: Lag) -> None:
+        """Store how far a replica is behind."""
+        at = self.segment.layout.at(ENDPOINTS, index)
+        self.segment.words[at + ENDPOINTS.column("lag_bytes")] = lag.bytes or 0
+        self.segment.times[at + ENDPOINTS.column("lag")] = _UNKNOWN_LAG if lag.seconds is None else lag.seconds
 
     def has_vacant_role(self) -> bool:
         """Whether some group has no endpoint that is UP in a role that serves it."""

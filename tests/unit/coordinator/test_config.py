@@ -430,7 +430,6 @@ def test_warnings() -> None:
         "groups.big.connections",
         "groups.big.target",
         "groups.big.fallback_connections",  # not with this target
-        "groups.big.fallback_connections",  # and not in effect yet
         "limits.slots_per_worker",
     ]
 

@@ -175,7 +175,8 @@ def test_epoch_grows_with_what_workers_must_know(pool_name: str) -> None:
         good = ProbeResult(verdict=Verdict.OK, role=Role.PRIMARY, address="10.0.0.1")
 
         def epoch_after(health: EndpointHealth, result: ProbeResult, verdict: Verdict) -> int:
-            registry.record_probe(0, health, result, verdict)
+            registry.record_probe(0, replace(health, verdict=verdict), result)
+            assert registry.status(0).verdict is verdict
             return registry.status(0).epoch
 
         first = registry.status(0).epoch

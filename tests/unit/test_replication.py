@@ -1,0 +1,132 @@
+"""Which primary of a cluster counts, and how far a replica is behind it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shmpool.layout import ENDPOINTS
+from shmpool.replication import Lag, Server, is_lag_old, is_superseded, lag_of, primary_of
+from shmpool.states import Admin, Role, Verdict
+from tests.support.pools import healthy, zeros
+
+REPLICA = Server(Role.REPLICA, True, 7, 1, 900)
+PRIMARY = Server(Role.PRIMARY, True, 7, 1, 1000)
+
+
+def lag(
+    replica: Server = REPLICA,
+    primary: Server | None = PRIMARY,
+    *,
+    replay_age: float | None = 60.0,
+    level_for: float | None = None,
+    last: Lag = Lag(50, 3.0),  # noqa: B008  # a tuple
+) -> Lag:
+    """Return the lag, but for the changes of a replica 100 bytes behind."""
+    return lag_of(replica, primary, replay_age=replay_age, level_for=level_for, last=last)
+
+
+def test_newer_timeline_supersedes() -> None:
+    """Two primaries of one cluster: the one on the newer timeline counts, also while it is not seen."""
+    newer = PRIMARY._replace(timeline=2)
+    for other in (newer, newer._replace(is_seen=False)):
+        assert is_superseded(PRIMARY, [other])
+        assert not is_superseded(other, [PRIMARY])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        PRIMARY._replace(timeline=2, system_identifier=8),
+        PRIMARY._replace(timeline=1),
+        PRIMARY._replace(timeline=2, role=Role.REPLICA),
+    ],
+    ids=["of another cluster", "on the same timeline", "a replica"],
+)
+def test_nobody_else_supersedes(other: Server) -> None:
+    """Independent writers, equals and replicas leave a primary as it is."""
+    assert not is_superseded(PRIMARY, [other])
+
+
+def test_what_is_unknown_supersedes_nobody() -> None:
+    """Without an identifier or a timeline nothing can be compared."""
+    nameless = PRIMARY._replace(system_identifier=0)
+    assert not is_superseded(nameless, [nameless._replace(timeline=2)])
+    assert not is_superseded(PRIMARY._replace(timeline=0), [PRIMARY._replace(timeline=2)])
+    assert not is_superseded(REPLICA, [PRIMARY._replace(timeline=2)])
+
+
+servers = st.builds(
+    Server,
+    st.sampled_from(Role),
+    st.booleans(),
+    st.integers(0, 2),
+    st.integers(0, 3),
+    st.integers(0, 2000),
+)
+
+
+@given(st.lists(servers, max_size=5))
+def test_some_primary_of_each_cluster_stays(found: list[Server]) -> None:
+    """Of the primaries of a cluster at least one is not superseded; independent clusters do not touch each other."""
+    for identifier in range(3):
+        mine = [s for s in found if s.role is Role.PRIMARY and s.system_identifier == identifier]
+        left = [s for s in mine if not is_superseded(s, found)]
+        assert bool(left) == bool(mine)
+        assert left == [s for s in mine if not is_superseded(s, mine)]
+        if identifier:
+            assert len({s.timeline for s in left if s.timeline}) <= 1
+
+
+def test_primary_that_counts() -> None:
+    """A replica is measured by the primary of its own cluster on the newest timeline whose position is known."""
+    old, new = PRIMARY._replace(lsn=5000), PRIMARY._replace(timeline=2)
+    assert primary_of(REPLICA, [old, new]) == new
+    assert primary_of(REPLICA, [old, new._replace(lsn=0)]) == old
+    assert primary_of(REPLICA, [PRIMARY._replace(system_identifier=8), REPLICA]) is None
+    assert primary_of(REPLICA._replace(system_identifier=0), [PRIMARY._replace(system_identifier=0)]) is None
+
+
+def test_replay_that_passed_the_primary_does_not_lag() -> None:
+    """With the primary's last known position replayed lag is 0, however old that is and whoever is gone."""
+    level = REPLICA._replace(lsn=1000)
+    assert lag(level) == Lag(0, 0.0)
+    assert lag(level, PRIMARY._replace(is_seen=False)) == Lag(0, 0.0)
+
+
+def test_replica_behind_lags_since_its_last_transaction() -> None:
+    """Behind, lag is the age of the last replayed transaction, and never more than the time since it was level."""
+    assert lag() == Lag(100, 60.0)
+    assert lag(level_for=2.0) == Lag(100, 2.0)
+    assert lag(level_for=90.0) == Lag(100, 60.0)
+    assert lag(replay_age=None) == Lag(100, None)
+
+
+def test_without_its_primary_a_replica_keeps_its_lag() -> None:
+    """An unseen primary leaves the time as it was; an unknown one everything."""
+    assert lag(primary=PRIMARY._replace(is_seen=False)) == Lag(100, 3.0)
+    assert lag(primary=None) == Lag(50, 3.0)
+    assert lag(primary=None, last=Lag(None, None)) == Lag(None, None)
+
+
+def test_lag_is_marked_old_without_a_seen_primary() -> None:
+    """Status tells a lag of now from one of an earlier moment."""
+    assert not is_lag_old(REPLICA, [PRIMARY])
+    assert is_lag_old(REPLICA, [PRIMARY._replace(is_seen=False)])
+    assert is_lag_old(REPLICA, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_seen"),
+    [
+        ({}, True),
+        ({"verdict": Verdict.TIMEOUT}, False),
+        ({"verdict": Verdict.FULL}, False),
+        ({"admin_operator": Admin.MAINT}, False),
+    ],
+)
+def test_server_of_a_row(changes: dict[str, object], is_seen: bool) -> None:
+    """A row tells of now only if its last probe answered, and probes are made."""
+    row = zeros(ENDPOINTS, system_identifier=7, timeline=1, lsn=1000) | {"status": healthy(**changes)}
+    assert Server.of(row) == PRIMARY._replace(is_seen=is_seen)
