@@ -33,14 +33,14 @@ LSN_ZERO: Final = "'0/0'::pg_lsn"
 
 # CASE keeps each function to the side of replication where it is allowed.  Functions and views used
 # here are open to every role; pg_stat_wal_receiver shows only NULL beside the pid to a role without
-# pg_monitor.
+# pg_monitor.  What a replica has not received or replayed yet is NULL, which `greatest` would turn into 0.
 FULL_QUERY: Final = f"""
 SELECT r.recovery,
        current_setting('transaction_read_only')::bool,
        pg_wal_lsn_diff(r.lsn, {LSN_ZERO})::bigint,
-       CASE WHEN r.recovery
+       CASE WHEN r.recovery AND pg_last_wal_receive_lsn() IS NOT NULL
             THEN greatest(0, pg_wal_lsn_diff(pg_last_wal_receive_lsn(), r.lsn))::bigint END,
-       CASE WHEN r.recovery
+       CASE WHEN r.recovery AND pg_last_xact_replay_timestamp() IS NOT NULL
             THEN greatest(0, extract(epoch FROM
                  clock_timestamp() - pg_last_xact_replay_timestamp()))::float8 END,
        CASE WHEN r.recovery THEN (SELECT received_tli FROM pg_stat_wal_receiver LIMIT 1)

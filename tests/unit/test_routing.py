@@ -239,9 +239,9 @@ def test_counting_is_spared() -> None:
 def test_spare_endpoints_wait_for_all_others() -> None:
     """A backup and an endpoint of weight 0 are spare while another is eligible; alone they are what there is."""
     plain, backup, zero = candidate(1, in_use=99), candidate(2, backup=True), candidate(3, weight=0)
-    assert (route(group(), zero, backup, plain).order, route(group(), zero, backup, plain).spare) == ((1, 2, 3), {2, 3})
-    assert (route(group(), zero, backup).order, route(group(), zero, backup).spare) == ((2, 3), {3})
-    assert (route(group(), zero).order, route(group(), zero).spare) == ((3,), frozenset())
+    assert route(group(), zero, backup, plain) == Route((1, 2, 3), {}, frozenset({2, 3}))
+    assert route(group(), zero, backup) == Route((2, 3), {}, frozenset({3}))
+    assert route(group(), zero) == Route((3,), {}, frozenset())
     assert should_move(group(), [zero, candidate(1)], 3)
     assert not should_move(group(), [zero, candidate(1)], 1)
 

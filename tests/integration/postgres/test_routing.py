@@ -1,0 +1,118 @@
+"""Where connections of a group go on real servers: a replica that lags, a primary with little room for reads."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from shmpool import NoEligibleEndpoint, Pool
+from shmpool.names import Names
+from shmpool.observation import observe
+from shmpool.states import Health
+from shmpool.status import EndpointReport
+from tests.support.coordinator import endpoint_keys, pool_config, running_coordinator
+from tests.support.waiting import wait_until
+from tests.support.workers import pool_of
+from tools.pg_cluster import Cluster, Server
+
+EXTRA = '[probe]\ninter = "0.1s"\nfastinter = "0.1s"\ndowninter = "0.1s"\n[coordinator]\nautostart = false'
+NOBODY = "host=127.0.0.1 port=1 dbname=none"
+MAX_LAG_S = 0.3
+WHERE = "select pg_is_wal_replay_paused(), pg_last_wal_replay_lsn(), pg_last_wal_receive_lsn()"
+
+
+def endpoints(pool: str) -> tuple[EndpointReport, ...]:
+    """Return what status says of the endpoints."""
+    return observe(Names.of(pool)).endpoints
+
+
+def serves(pool: Pool, group: str, server: Server) -> bool:
+    """Whether the next checkout leads to this server."""
+    with pool.connection(group) as conn:
+        return bool(conn.info.port == server.port)
+
+
+def test_replica_that_lags_loses_its_reads_and_gets_them_back(pool_name: str, cluster: Cluster) -> None:
+    """Replay paused: reads go to the primary within their bound, the rest stays on the replica; resumed: all return."""
+    primary, standby = cluster.primary, cluster.standbys[0]
+    lag = f'connections = 8\nmax_lag = "{MAX_LAG_S:g}s"'
+    text = pool_config(
+        pool_name,
+        {name: endpoint_keys(s.conninfo()) for name, s in (("pg1", primary), ("pg2", standby))},
+        {"read": f"{lag}\nfallback_connections = 2", "replica": f'{lag}\ntarget = "replica"'},
+        EXTRA,
+    )
+    with running_coordinator(text, pool_name) as coordinator, pool_of(pool_name) as pool:
+
+        def is_level() -> bool:
+            return all(e.health is Health.UP for e in endpoints(pool_name)) and endpoints(pool_name)[1].lag == 0.0
+
+        wait_until(is_level, within=10, what=lambda: coordinator.log)
+        assert serves(pool, "read", standby)
+        assert serves(pool, "replica", standby)
+        standby.execute("select pg_wal_replay_pause()")
+        try:
+            primary.execute("create table lag_of_replay ()")
+            wait_until(
+                lambda: (endpoints(pool_name)[1].lag or 0.0) > MAX_LAG_S,
+                within=10,
+                what=lambda: f"{endpoints(pool_name)} {standby.execute(WHERE)} {coordinator.log}",
+            )
+            pool.look_after_idle()
+            assert not serves(pool, "read", standby)
+            with ExitStack() as held:
+                ports = [held.enter_context(pool.connection("read")).info.port for _ in range(4)]
+            assert ports.count(primary.port) == 2
+            assert ports.count(standby.port) == 2
+            assert serves(pool, "replica", standby)
+        finally:
+            standby.execute("select pg_wal_replay_resume()")
+            primary.execute("drop table if exists lag_of_replay")
+        wait_until(is_level, within=10)
+
+        def has_returned() -> bool:
+            pool.look_after_idle()
+            return serves(pool, "read", standby)
+
+        wait_until(has_returned, within=10, every=0.05)
+
+
+def test_reads_without_a_replica_leave_room_on_the_primary(pool_name: str, cluster: Cluster) -> None:
+    """Without a replica a group gets half of what primary groups leave; each endpoint tells why there is no more."""
+    text = pool_config(
+        pool_name,
+        {"pg1": endpoint_keys(cluster.primary.conninfo(), max_connections=6), "pg2": endpoint_keys(NOBODY)},
+        {
+            "read": 'connections = 6\ntimeout = "300ms"',
+            "write": 'connections = 2\ntarget = "primary"',
+        },
+        EXTRA,
+    )
+    with (
+        running_coordinator(text, pool_name) as coordinator,
+        pool_of(pool_name) as pool,
+        Pool(pool_name) as other,
+    ):
+        wait_until(
+            lambda: [e.health for e in endpoints(pool_name)] == [Health.UP, Health.DOWN],
+            within=10,
+            what=lambda: coordinator.log,
+        )
+        with ExitStack() as held:
+            for _ in range(2):
+                held.enter_context(pool.connection("read"))
+            with pytest.raises(NoEligibleEndpoint) as caught, pool.connection("read"):
+                pass
+            assert "pg1: is a primary, where the group holds 2 connections and may hold 2" in str(caught.value)
+            assert "pg2: DOWN (refused)" in str(caught.value)
+            with pool.connection("write"):
+                pass
+
+        def is_shared() -> bool:
+            pool.look_after_idle()
+            return pool.statistics()["read"]["idle"] < 2
+
+        wait_until(is_shared, within=10, every=0.05)
+        with other.connection("read"):
+            pass

@@ -1,0 +1,143 @@
+"""What the coordinator makes of several servers' probes: primaries that compete, replicas that lag."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from shmpool.replication import Lag
+from shmpool.states import Health, Role, Verdict
+from shmpool_coordinator.daemon import Daemon
+from shmpool_coordinator.health import EndpointHealth, ProbeResult
+from tests.support.desk import close_desk, config_of, open_desk
+
+ENDPOINTS = {"pg1": 3, "pg2": 3}
+
+
+@pytest.fixture
+def daemon(pool_name: str) -> Iterator[Daemon]:
+    """A coordinator of two endpoints in this process; its loop does not run, so its own probes tell it nothing."""
+    made = Daemon(config_of(pool_name, endpoints=ENDPOINTS))
+    yield made
+    made._end()
+
+
+def see(daemon: Daemon, index: int, role: Role, **changes: Any) -> None:
+    """Hand in the result of a probe that was answered."""
+    values = {"timeline": 1, "system_identifier": 7, "lsn": 1000, "server_version": 170000} | changes
+    daemon._advance(daemon._watches[index], ProbeResult(verdict=Verdict.OK, role=role, **values))
+
+
+def fail(daemon: Daemon, index: int, times: int = 1) -> None:
+    """Hand in the results of probes that timed out."""
+    for _ in range(times):
+        daemon._advance(daemon._watches[index], ProbeResult(verdict=Verdict.TIMEOUT))
+
+
+def verdicts(daemon: Daemon) -> list[Verdict]:
+    """Return the verdicts of both endpoints, as workers see them."""
+    return [daemon.registry.status(index).verdict for index in (0, 1)]
+
+
+def test_promotion_supersedes_the_other_primary_at_once(daemon: Daemon) -> None:
+    """The probe that shows a newer timeline takes the older primary out, with a new epoch for idle connections."""
+    see(daemon, 0, Role.PRIMARY)
+    see(daemon, 1, Role.REPLICA)
+    epoch = daemon.registry.status(0).epoch
+    assert verdicts(daemon) == [Verdict.OK, Verdict.OK]
+    see(daemon, 1, Role.PRIMARY, timeline=2)
+    assert verdicts(daemon) == [Verdict.ROLE_CONFLICT, Verdict.OK]
+    assert daemon.registry.status(0).epoch > epoch
+    see(daemon, 0, Role.PRIMARY)
+    assert verdicts(daemon) == [Verdict.ROLE_CONFLICT, Verdict.OK]
+    see(daemon, 0, Role.REPLICA, timeline=2)
+    assert verdicts(daemon) == [Verdict.OK, Verdict.OK]
+
+
+def test_superseded_primary_stays_out_while_the_newer_is_down(daemon: Daemon) -> None:
+    """Failing probes of either primary, or its death, bring no older timeline back."""
+    see(daemon, 0, Role.PRIMARY)
+    see(daemon, 1, Role.PRIMARY, timeline=2)
+    fail(daemon, 1, times=3)
+    fail(daemon, 0)
+    assert verdicts(daemon) == [Verdict.ROLE_CONFLICT, Verdict.TIMEOUT]
+    assert 0 not in daemon.registry.usable_endpoints()[0]
+    see(daemon, 0, Role.PRIMARY)
+    assert verdicts(daemon) == [Verdict.ROLE_CONFLICT, Verdict.TIMEOUT]
+
+
+def test_successor_remembers_which_primary_counts(pool_name: str) -> None:
+    """A coordinator that adopts the segment knows the newer timeline of a server that it never saw itself."""
+    up = EndpointHealth(health=Health.UP, role=Role.PRIMARY, verdict=Verdict.OK)
+    first = open_desk(config_of(pool_name, endpoints=ENDPOINTS))
+    first.record_probe(1, up, ProbeResult(verdict=Verdict.OK, timeline=2, system_identifier=7))
+    close_desk(first, unlink=False)
+    second = open_desk(config_of(pool_name, endpoints=ENDPOINTS))
+    try:
+        second.record_probe(0, up, ProbeResult(verdict=Verdict.OK, timeline=1, system_identifier=7))
+        assert second.status(0).verdict is Verdict.ROLE_CONFLICT
+        assert second.status(1).verdict is Verdict.OK
+    finally:
+        close_desk(second)
+
+
+def test_endpoint_that_is_being_removed_supersedes_nobody(daemon: Daemon, pool_name: str) -> None:
+    """Who takes the newer primary out of the configuration wants the other one."""
+    see(daemon, 0, Role.PRIMARY)
+    see(daemon, 1, Role.PRIMARY, timeline=2)
+    daemon.registry.configure(config_of(pool_name, endpoints={"pg1": 3}))
+    see(daemon, 0, Role.PRIMARY)
+    assert verdicts(daemon)[0] is Verdict.OK
+
+
+def test_independent_writers_are_both_eligible(daemon: Daemon) -> None:
+    """Primaries of different clusters do not compete, whatever their timelines."""
+    see(daemon, 0, Role.PRIMARY)
+    see(daemon, 1, Role.PRIMARY, timeline=5, system_identifier=8)
+    see(daemon, 0, Role.PRIMARY)
+    assert verdicts(daemon) == [Verdict.OK, Verdict.OK]
+    assert daemon.registry.usable_endpoints()[0] == {0, 1}
+
+
+def test_lag_is_unknown_until_a_primary_was_seen(daemon: Daemon) -> None:
+    """A replica whose primary nobody knows has no lag; with the primary it has one."""
+    see(daemon, 1, Role.REPLICA, lag_s=60.0, lsn=900)
+    assert daemon.registry.lag(1).seconds is None
+    see(daemon, 0, Role.PRIMARY)
+    see(daemon, 1, Role.REPLICA, lag_s=60.0, lsn=900)
+    assert daemon.registry.lag(1) == Lag(100, 60.0)
+
+
+def test_idle_primary_that_writes_again_makes_no_replica_late(daemon: Daemon) -> None:
+    """Once level, a replica lags since then at most, though its last transaction is an hour old."""
+    see(daemon, 0, Role.PRIMARY)
+    see(daemon, 1, Role.REPLICA, lag_s=3600.0)
+    assert daemon.registry.lag(1) == Lag(0, 0.0)
+    see(daemon, 0, Role.PRIMARY, lsn=1100)
+    see(daemon, 1, Role.REPLICA, lag_s=3600.0)
+    behind, seconds = daemon.registry.lag(1)
+    assert behind == 100
+    assert seconds is not None
+    assert seconds < 60
+
+
+def test_lag_stays_while_the_primary_is_gone(daemon: Daemon) -> None:
+    """A dead primary makes no replica late: lag keeps its value, and falls to 0 when all that was known is replayed."""
+    see(daemon, 0, Role.PRIMARY)
+    see(daemon, 1, Role.REPLICA, lag_s=2.0, lsn=900)
+    fail(daemon, 0, times=3)
+    see(daemon, 1, Role.REPLICA, lag_s=500.0, lsn=950)
+    assert daemon.registry.lag(1) == Lag(50, 2.0)
+    see(daemon, 1, Role.REPLICA, lag_s=900.0)
+    assert daemon.registry.lag(1) == Lag(0, 0.0)
+    see(daemon, 1, Role.PRIMARY, timeline=2)
+    assert daemon.registry.lag(1) == Lag(0, 0.0)
+
+
+def test_server_that_does_not_tell_positions_has_no_lag(daemon: Daemon) -> None:
+    """Where the full query is refused, a replica's lag is unknown, not 0."""
+    see(daemon, 0, Role.PRIMARY)
+    see(daemon, 1, Role.REPLICA, lsn=None, system_identifier=None, timeline=None)
+    assert daemon.registry.lag(1).seconds is None
