@@ -625,6 +625,14 @@ def _endpoint_findings(endpoint: EndpointReport) -> Iterator[Finding]:
             "it goes DOWN after more of them, unless workers use it with success",
             "see the coordinator's log and the server's",
         )
+    if endpoint.is_lag_old and endpoint.lag is not None:
+        yield Finding(
+            Level.FINE,
+            "endpoint-lag-old",
+            f"{subject} lagged {duration(endpoint.lag)} when its primary was last seen",
+            "how far it is behind now is not known; max_lag goes by the old value",
+            "see the primary's endpoint, if it is in the configuration",
+        )
     if endpoint.verdict is Verdict.MISCONFIGURED:
         yield Finding(
             Level.DEGRADED,

@@ -214,7 +214,7 @@ def _endpoints(endpoints: Sequence[EndpointReport]) -> Table:
             str(e.idle),
             str(e.active),
             duration(e.latency),
-            f"{duration(e.lag)}{' (old)' if e.is_lag_old and e.lag is not None else ''}",
+            f"{duration(e.lag)}{'?' if e.is_lag_old and e.lag is not None else ''}",
             duration(e.since),
             str(e.epoch),
         )

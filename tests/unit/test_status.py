@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from shmpool import tables
 from shmpool.layout import ENDPOINTS, HEADER
 from shmpool.states import Admin, Health, Role, SegmentState, Use, Verdict
 from shmpool.status import Facts, Level, LostName, RowState, as_json, duration, judge, missing
@@ -181,6 +182,20 @@ def test_rows_of_removed_names_are_shown() -> None:
     permits = (*view().permits, permit_row(Kind.ENDPOINT, 1, control=Control(0, 3, 0)))
     report = judge(view(permits=permits), RUNNING)
     assert [e.name for e in report.endpoints] == ["pg1", "#1 (removed)"]
+
+
+def test_lag_is_old_while_the_primary_is_not_seen() -> None:
+    """Status says which lag is that of an earlier moment, in its table by a mark."""
+    replica = zeros(ENDPOINTS, status=healthy(role=Role.REPLICA), probed_at=99.0, lag=3.0, system_identifier=7)
+    for verdict, is_old in ((Verdict.OK, False), (Verdict.TIMEOUT, True)):
+        primary = zeros(ENDPOINTS, status=healthy(verdict=verdict), probed_at=99.0, lsn=5, system_identifier=7)
+        report = judge(view(endpoints={0: replica, 1: primary}), RUNNING)
+        assert [e.is_lag_old for e in report.endpoints] == [is_old, False]
+        target = tables.console()
+        with target.capture() as captured:
+            target.print(tables.whole(report, with_slots=False, with_all=True))
+        assert ("3.0 s?" in captured.get()) is is_old
+        assert ("endpoint-lag-old" in [finding.code for finding in report.findings]) is is_old
 
 
 def test_lag_counts_for_replicas_alone() -> None:
