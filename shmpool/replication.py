@@ -7,11 +7,12 @@ Lag is 0 once replay has passed the primary's last known position, however long 
 that it is the age of the last replayed transaction, and never more than the time since lag was last 0: an idle primary
 that writes again makes no replica late.  A primary that did not answer its last probe may have written more than is
 known: the time keeps its last value, the bytes count to the last known position, and both are old (`is_lag_old`).
+Where no endpoint is or may be the primary, there is only what the replica itself knows; that is old as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
 from shmpool.states import Admin, Role, Verdict
@@ -80,18 +81,27 @@ def is_lag_old(replica: Server, others: Iterable[Server]) -> bool:
 
 
 def lag_of(
-    replica: Server, primary: Server | None, *, replay_age: float | None, level_for: float | None, last: Lag
+    replica: Server,
+    others: Collection[Server],
+    *,
+    replay_age: float | None,
+    unreplayed: int | None,
+    level_for: float | None,
+    last: Lag,
 ) -> Lag:
     """Return how far a replica is behind after it answered a probe.
 
     Args:
-        primary: that of its cluster (`primary_of`); None: unknown.
+        others: the other endpoints' servers.
         replay_age: seconds since the last replayed transaction, by the replica's clock.
+        unreplayed: bytes that it has received and not replayed.
         level_for: seconds since its lag was last known to be 0; None: it never was.
         last: what was known before.
     """
+    primary = primary_of(replica, others)
     if primary is None:
-        return last
+        may_be_there = any(other.role is Role.UNKNOWN for other in others)
+        return last if may_be_there else Lag(unreplayed, replay_age)
     behind = max(0, primary.lsn - replica.lsn)
     if behind == 0:
         return Lag(0, 0.0)

@@ -629,9 +629,9 @@ def _endpoint_findings(endpoint: EndpointReport) -> Iterator[Finding]:
         yield Finding(
             Level.FINE,
             "endpoint-lag-old",
-            f"{subject} lagged {duration(endpoint.lag)} when its primary was last seen",
-            "how far it is behind now is not known; max_lag goes by the old value",
-            "see the primary's endpoint, if it is in the configuration",
+            f"{subject} lags {duration(endpoint.lag)} as far as is known without its primary, which is not seen",
+            "max_lag goes by this value",
+            "see the primary's endpoint, or add one to the configuration",
         )
     if endpoint.verdict is Verdict.MISCONFIGURED:
         yield Finding(

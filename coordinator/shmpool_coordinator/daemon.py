@@ -27,7 +27,7 @@ from shmpool.errors import MechanismError
 from shmpool.frames import Message
 from shmpool.layout import SLOTS, WORKERS
 from shmpool.names import Names
-from shmpool.replication import Lag, lag_of, primary_of
+from shmpool.replication import Lag, is_lag_old, lag_of
 from shmpool.rows import owner_of, parent_of
 from shmpool.segment import Segment
 from shmpool.settings import EndpointSettings
@@ -457,15 +457,16 @@ class Daemon:
             self.registry.record_lag(index, Lag(0, 0.0) if is_primary else Lag(None, None))
             return
         replica = self.registry.server(index)
-        primary = primary_of(replica, [self.registry.server(other) for other in self._watches if other != index])
+        others = [self.registry.server(other) for other in self._watches if other != index]
         lag = lag_of(
             replica,
-            primary,
+            others,
             replay_age=result.lag_s,
+            unreplayed=result.lag_bytes,
             level_for=None if watch.level_at is None else now - watch.level_at,
             last=self.registry.lag(index),
         )
-        if lag.bytes == 0 and primary is not None and primary.is_seen:
+        if lag.bytes == 0 and not is_lag_old(replica, others):
             watch.level_at = now
         self.registry.record_lag(index, lag)
 

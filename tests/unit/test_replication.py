@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,11 +22,13 @@ def lag(
     primary: Server | None = PRIMARY,
     *,
     replay_age: float | None = 60.0,
+    others: Collection[Server] = (),
     level_for: float | None = None,
     last: Lag = Lag(50, 3.0),  # noqa: B008  # a tuple
 ) -> Lag:
     """Return the lag, but for the changes of a replica 100 bytes behind."""
-    return lag_of(replica, primary, replay_age=replay_age, level_for=level_for, last=last)
+    servers = [*others, *([primary] if primary else [])]
+    return lag_of(replica, servers, replay_age=replay_age, unreplayed=20, level_for=level_for, last=last)
 
 
 def test_newer_timeline_supersedes() -> None:
@@ -104,10 +108,19 @@ def test_replica_behind_lags_since_its_last_transaction() -> None:
 
 
 def test_without_its_primary_a_replica_keeps_its_lag() -> None:
-    """An unseen primary leaves the time as it was; an unknown one everything."""
+    """An unseen primary leaves the time as it was; an endpoint that may be the primary leaves everything."""
+    unknown = Server(Role.UNKNOWN, False, 0, 0, 0)
     assert lag(primary=PRIMARY._replace(is_seen=False)) == Lag(100, 3.0)
-    assert lag(primary=None) == Lag(50, 3.0)
-    assert lag(primary=None, last=Lag(None, None)) == Lag(None, None)
+    assert lag(primary=unknown) == Lag(50, 3.0)
+    assert lag(primary=unknown, last=Lag(None, None)) == Lag(None, None)
+
+
+def test_replicas_alone_tell_what_they_know() -> None:
+    """Where no endpoint can be the primary, the last transaction's age counts, and what was received."""
+    foreign = PRIMARY._replace(system_identifier=8)
+    for others in ([], [foreign, REPLICA]):
+        assert lag(primary=None, others=others) == Lag(20, 60.0)
+        assert is_lag_old(REPLICA, others)
 
 
 def test_lag_is_marked_old_without_a_seen_primary() -> None:

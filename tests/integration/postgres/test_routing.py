@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from shmpool import NoEligibleEndpoint, Pool
+from shmpool import NoEligibleEndpoint, Pool, PoolTimeout
 from shmpool.names import Names
 from shmpool.observation import observe
 from shmpool.states import Health
@@ -116,3 +116,29 @@ def test_reads_without_a_replica_leave_room_on_the_primary(pool_name: str, clust
         wait_until(is_shared, within=10, every=0.05)
         with other.connection("read"):
             pass
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["full", "refused"])
+def test_backup_serves_for_an_endpoint_that_refuses_and_for_none_that_is_full(
+    pool_name: str, cluster: Cluster, is_there: bool
+) -> None:
+    """A backup stays unused while the other endpoint is full, and serves at once where that takes no connection."""
+    conninfo = cluster.primary.conninfo() if is_there else NOBODY
+    text = pool_config(
+        pool_name,
+        {
+            "pg1": endpoint_keys(conninfo, max_connections=1),
+            "pg2": endpoint_keys(cluster.standbys[0].conninfo()) + "\nbackup = true",
+        },
+        {"read": 'connections = 4\ntarget = "any"\ntimeout = "1s"'},
+        EXTRA.replace("[probe]", "[probe]\nfall = 100"),
+    )
+    with running_coordinator(text, pool_name) as coordinator, pool_of(pool_name) as pool:
+        wait_until(lambda: endpoints(pool_name)[1].health is Health.UP, within=10, what=lambda: coordinator.log)
+        if is_there:
+            with pool.connection("read") as conn:
+                assert conn.info.port == cluster.primary.port
+                with pytest.raises(PoolTimeout), pool.connection("read", timeout=0.3):
+                    pass
+        else:
+            assert serves(pool, "read", cluster.standbys[0])
