@@ -60,6 +60,7 @@ PING_TIMEOUT_S: Final = 5.0
 LIFETIME_JITTER: Final = 0.05
 POLITE_S: Final = 0.002  # about the cost of a connect
 REFUSED_PAUSE_S: Final = 0.05  # between rounds in which every eligible endpoint refused
+_TURNS: Final = 1 << 16  # more than any cycle of weights
 AVOID_S: Final = 1.0  # how long an endpoint that refused is tried last
 FALLBACK_REST_S: Final = 1.0  # how long a connection that fell back rests while the group may hold no more like it
 BYPASS_S: Final = 0.5  # a connection used within this window is handed out without a look at its socket
@@ -192,7 +193,7 @@ class LocalGroup:
         self.waiters: deque[Waiter] = deque()
         self.is_retired = False
         self._scout: Waiter | None = None
-        self._turn = 0
+        self._turn = int(chance() * _TURNS)  # workers that start together do not all begin at the same endpoint
         self._polite_until = 0.0  # monotonic
         self._avoid: dict[int, float] = {}  # endpoint -> monotonic time until which it is tried last
 
