@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from shmpool import local_group
 from shmpool.cli import main
 from shmpool.control_client import ControlError, request
+from shmpool.endpoints import status_at
 from shmpool.layout import ENDPOINTS
 from shmpool.names import Names
 from shmpool.observation import observe
@@ -122,15 +122,14 @@ def test_a_drain_between_choosing_and_opening_leads_elsewhere(
 ) -> None:
     """An endpoint that is drained once a permit of it was claimed gets no connection all the same."""
     names, drained = coordinator.names, list[str]()
-    find = local_group.status_at
 
     def drain_first(segment: Segment, index: int) -> int:
         if not drained:
             drained.append(f"pg{index + 1}")
             assert tell("drain", drained[0], names) == 0
-        return find(segment, index)
+        return status_at(segment, index)
 
-    monkeypatch.setattr(local_group, "status_at", drain_first)
+    monkeypatch.setattr("shmpool.local_group.status_at", drain_first)
     with pool_of(names.pool) as pool, pool.connection("any") as conn:
         assert one_value(conn, "select 1") == 1
         assert [endpoint(names, name).held for name in ("pg1", "pg2") if name in drained] == [0]
