@@ -74,7 +74,8 @@ _ADMIN_TEXT: Final = """\
 What the operator wants of an endpoint lasts until the next such command, through reloads,
 other coordinators and `shmpool retire`.  The configuration has a wish of its own (what it
 no longer names is drained): the stricter one counts, and neither cancels the other.
-`shmpool status` shows both, and what is still held there.
+`shmpool status` shows both, and what is still held there.  The wish ends with the segment,
+which a coordinator that is stopped removes if no worker is left.
 
 exit codes:
   0   done; warnings go to standard error

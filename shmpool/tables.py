@@ -208,7 +208,7 @@ def _endpoints(endpoints: Sequence[EndpointReport]) -> Table:
             e.name,
             Text(e.health.name, _HEALTH_STYLES[e.health]),
             e.role.name.lower(),
-            Text("ready") if e.admin is Admin.READY else Text(f"{_word(e.admin)} by {e.admin_by}", "yellow"),
+            Text(_word(e.admin), "" if e.admin is Admin.READY else "yellow"),
             *verdict,
             _cap(e.held, e.issued, e.target),
             str(e.idle),
