@@ -493,53 +493,6 @@ class Registry:
         if new != old:
             self.segment.words[at + ENDPOINTS.column("status")] = new.word()
 
-    def set_operator_wish(self, name: str, wish: Admin) -> Status:
-        """Note what the operator wants of an endpoint and return its status; the configuration's wish stays beside it.
-
-        Kept in the segment: reloads and other coordinators leave it as it is.
-
-        Raises:
-            UnknownEndpointError: there is no such endpoint.
-        """
-        index = self._endpoint(name).index
-        if wish in ADMIN_MOVES[self.status(index).admin_operator]:
-            self._set_status(index, admin_operator=wish)
-        return self.status(index)
-
-    def operator_wishes(self) -> dict[str, Admin]:
-        """Return by endpoint what the operator wants, where that is not READY."""
-        assert self.settings is not None
-        wishes = {e.name: self.status(e.index).admin_operator for e in self.settings.endpoints}
-        return {name: wish for name, wish in wishes.items() if wish is not Admin.READY}
-
-    def drained_endpoints(self) -> frozenset[int]:
-        """Return the endpoints at which nothing is to rest: those that are not READY."""
-        assert self.settings is not None
-        return frozenset(e.index for e in self.settings.endpoints if self.status(e.index).admin is not Admin.READY)
-
-    def groups_left_alone_by(self, name: str) -> list[str]:
-        """Return the groups that have no usable endpoint and that this one would serve if it were READY."""
-        assert self.settings is not None
-        index, usable = self._endpoint(name).index, self.usable_endpoints()
-        role, is_ready = self.status(index).role, self.status(index).admin is Admin.READY
-        return [
-            group.name
-            for group in self.settings.groups
-            if not is_ready
-            and not usable[group.index]
-            and group.connections
-            and (not group.endpoints or name in group.endpoints)
-            and is_role_allowed(group.target, role)
-        ]
-
-    def _endpoint(self, name: str) -> EndpointSettings:
-        assert self.settings is not None
-        for endpoint in self.settings.endpoints:
-            if endpoint.name == name:
-                return endpoint
-        there_are = ", ".join(e.name for e in self.settings.endpoints)
-        raise UnknownEndpointError(f"pool {self.names.pool!r} has no endpoint {name!r}; there are: {there_are}")
-
     def record_probe(self, index: int, health: EndpointHealth, result: ProbeResult, verdict: Verdict) -> None:
         """Store what a probe saw.
 
@@ -604,6 +557,53 @@ class Registry:
             )
             for group in self.settings.groups
         }
+
+    def set_operator_wish(self, name: str, wish: Admin) -> Status:
+        """Note what the operator wants of an endpoint and return its status; the configuration's wish stays beside it.
+
+        Kept in the segment: reloads and other coordinators leave it as it is.
+
+        Raises:
+            UnknownEndpointError: there is no such endpoint.
+        """
+        index = self._endpoint(name).index
+        if wish in ADMIN_MOVES[self.status(index).admin_operator]:
+            self._set_status(index, admin_operator=wish)
+        return self.status(index)
+
+    def operator_wishes(self) -> dict[str, Admin]:
+        """Return by endpoint what the operator wants, where that is not READY."""
+        assert self.settings is not None
+        wishes = {e.name: self.status(e.index).admin_operator for e in self.settings.endpoints}
+        return {name: wish for name, wish in wishes.items() if wish is not Admin.READY}
+
+    def drained_endpoints(self) -> frozenset[int]:
+        """Return the endpoints at which nothing is to rest: those that are not READY."""
+        assert self.settings is not None
+        return frozenset(e.index for e in self.settings.endpoints if self.status(e.index).admin is not Admin.READY)
+
+    def groups_left_alone_by(self, name: str) -> list[str]:
+        """Return the groups that have no usable endpoint and that this one would serve if it were READY."""
+        assert self.settings is not None
+        index, usable = self._endpoint(name).index, self.usable_endpoints()
+        role, is_ready = self.status(index).role, self.status(index).admin is Admin.READY
+        return [
+            group.name
+            for group in self.settings.groups
+            if not is_ready
+            and not usable[group.index]
+            and group.connections
+            and (not group.endpoints or name in group.endpoints)
+            and is_role_allowed(group.target, role)
+        ]
+
+    def _endpoint(self, name: str) -> EndpointSettings:
+        assert self.settings is not None
+        for endpoint in self.settings.endpoints:
+            if endpoint.name == name:
+                return endpoint
+        there_are = ", ".join(e.name for e in self.settings.endpoints)
+        raise UnknownEndpointError(f"pool {self.names.pool!r} has no endpoint {name!r}; there are: {there_are}")
 
     # -- the header, and the end -------------------------------------------------------------------
 
