@@ -1,6 +1,7 @@
 """The command `shmpool`: look at pools, and see to their end.
 
-It reads the segment itself and needs no coordinator for that; `retire` and `repair` ask the coordinator.
+It reads the segment itself and needs no coordinator for that; `drain`, `ready`, `maint`, `retire` and `repair` ask the
+coordinator.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from shmpool.names import Names, uid_of
 from shmpool.observation import observe, pools_of
 from shmpool.segment import attach
 from shmpool.states import SegmentState
-from shmpool.status import Level, Report, as_json
+from shmpool.status import SCHEMA, Level, Report, as_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -61,6 +62,24 @@ Checkouts wait for it within their timeout.  `shmpool status` shows for whom it 
 exit codes:
   0   done, or under way with --no-wait
   1   refused, or not finished in time (it goes on)
+  2   no coordinator answers
+  64  the command line is wrong
+"""
+_ADMIN_SUMMARIES: Final = {
+    "drain": "let an endpoint run empty: idle connections leave at once, busy ones at checkin",
+    "maint": "as drain, and leave the endpoint unprobed",
+    "ready": "let an endpoint take part again",
+}
+_ADMIN_TEXT: Final = """\
+What the operator wants of an endpoint lasts until the next such command, through reloads,
+other coordinators and `shmpool retire`.  The configuration has a wish of its own (what it
+no longer names is drained): the stricter one counts, and neither cancels the other.
+`shmpool status` shows both, and what is still held there.  The wish ends with the segment,
+which a coordinator that is stopped removes if no worker is left.
+
+exit codes:
+  0   done; warnings go to standard error
+  1   refused: no such endpoint
   2   no coordinator answers
   64  the command line is wrong
 """
@@ -157,6 +176,16 @@ def _parser() -> argparse.ArgumentParser:
     listing = add("list", "list the user's pools")
     _add_user(listing)
     listing.set_defaults(run=_list)
+
+    for wish, summary in _ADMIN_SUMMARIES.items():
+        admin = add(wish, summary, _ADMIN_TEXT)
+        admin.add_argument("endpoint", metavar="ENDPOINT", help="its name in the configuration")
+        admin.add_argument(
+            "--pool", metavar="NAME", help="the pool (default: $SHMPOOL_NAME, or the only one that the user has)"
+        )
+        admin.add_argument("--json", action="store_true", help="print the answer as JSON")
+        _add_user(admin)
+        admin.set_defaults(run=_set_admin, wish=wish)
 
     retire = add("retire", "replace a pool's segment by a new one, without stopping its workers", _RETIRE_TEXT)
     _add_name(retire)
@@ -305,6 +334,28 @@ def _list(options: argparse.Namespace) -> int:
         tables.print_pools(reports)
     else:
         print(f"uid {options.user} has no pool")
+    return 0
+
+
+def _set_admin(options: argparse.Namespace) -> int:
+    """Tell the coordinator what the operator wants of an endpoint."""
+    names = _find_names(options.pool, options.user)
+    try:
+        answer = request(names, "admin", endpoint=options.endpoint, admin=options.wish)
+    except ControlError as error:
+        return _refused(names, error)
+    told = {key: answer[key] for key in ("endpoint", "admin", "operator", "configuration", "groups_left_alone")}
+    if options.json:
+        print(json.dumps({"schema": SCHEMA, **told}))
+        return 0
+    print(f"endpoint {options.endpoint}: {told['admin']} (operator: {told['operator']}, ", end="")
+    print(f"configuration: {told['configuration']})")
+    if told["admin"] != told["operator"]:
+        print(
+            f"endpoint {options.endpoint} stays {told['admin']}: the configuration no longer names it", file=sys.stderr
+        )
+    for group in told["groups_left_alone"]:
+        print(f"group {group}: no endpoint is eligible now; checkouts wait and then fail", file=sys.stderr)
     return 0
 
 

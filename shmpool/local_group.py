@@ -50,7 +50,7 @@ from shmpool.routing import Candidate, Route, choose, is_fallback_spent, is_role
 from shmpool.semaphores import SLICE_S, ring
 from shmpool.settings import GroupSettings
 from shmpool.slots import EndpointPermits, GroupPermits, Token
-from shmpool.states import Use
+from shmpool.states import Admin, Use
 from shmpool.words import Status
 
 if TYPE_CHECKING:
@@ -610,6 +610,9 @@ class LocalGroup:
         name = application_name(self.settings.application_name, self.pool.name, row, generation, slot)
         token.status_at = status_at(self.attachment.segment, endpoint.index)
         token.status = self.table.words[token.status_at]
+        if Status.of(token.status).admin is not Admin.READY:  # drained since it was chosen
+            self._let_go_unopened(token, is_over=True)
+            return None
         began = monotonic()
         try:
             conn = self._connect(recipe, name, deadline)

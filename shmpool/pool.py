@@ -274,11 +274,13 @@ class Pool:
         """
         if self._document is None or attachment.settings.document == self._document.digest:
             return
+        is_served = attachment.is_served()
+        attachment.refresh()  # one that came between the first reading and the question has published since
+        if attachment.settings.document == self._document.digest:
+            return
         attachment.leave_when_due()
         differs = ConfigurationDiffers(self.name, attachment.settings.config_file or GIVEN)
-        if attachment.is_served() or (
-            not is_coordinated(attachment.names) and not self._begin_coordinator(attachment.names)
-        ):
+        if is_served or (not is_coordinated(attachment.names) and not self._begin_coordinator(attachment.names)):
             raise differs
         raise self._not_yet(differs)
 

@@ -13,6 +13,11 @@ Use of a slot (written by the thread that holds its token; read for status and r
 Health of an endpoint (written by the coordinator; rise and fall rule it, see the coordinator's `health`):
 
     UNKNOWN ──▶ UP ◀──▶ DOWN          UNKNOWN ──▶ DOWN
+
+Admin of an endpoint: two wishes side by side, the operator's and the configuration's, of which the stricter one counts
+and neither cancels the other (both written by the coordinator).  People may change their mind in any way:
+
+    READY ◀──▶ DRAIN ◀──▶ MAINT       READY ◀──▶ MAINT
 """
 
 from __future__ import annotations
@@ -54,7 +59,7 @@ class Role(IntEnum):
 
 
 class Admin(IntEnum):
-    """What people want of an endpoint, whatever its health."""
+    """What people want of an endpoint, whatever its health; the greater, the stricter."""
 
     READY = 0  # takes part
     DRAIN = 1  # gets nothing new; connections leave at checkin
@@ -100,4 +105,10 @@ HEALTH_MOVES: Final[dict[Health, frozenset[Health]]] = {
     Health.UNKNOWN: frozenset({Health.UP, Health.DOWN}),
     Health.UP: frozenset({Health.DOWN}),
     Health.DOWN: frozenset({Health.UP}),
+}
+
+ADMIN_MOVES: Final[dict[Admin, frozenset[Admin]]] = {
+    Admin.READY: frozenset({Admin.DRAIN, Admin.MAINT}),
+    Admin.DRAIN: frozenset({Admin.READY, Admin.MAINT}),
+    Admin.MAINT: frozenset({Admin.READY, Admin.DRAIN}),
 }

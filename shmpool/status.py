@@ -92,7 +92,9 @@ class EndpointReport:
     name: str
     health: Health
     role: Role
-    admin: Admin
+    admin: Admin  # the stricter of the two wishes
+    admin_operator: Admin
+    admin_configuration: Admin
     verdict: Verdict
     weight: int
     epoch: int
@@ -109,6 +111,12 @@ class EndpointReport:
     is_lag_old: bool  # a replica's, as of an earlier moment: its primary is not seen now
     since: float | None  # age of the present state
     probed: float | None  # age of the last probe
+
+    @property
+    def admin_by(self) -> str:
+        """Who wants what `admin` says."""
+        wishes = (("operator", self.admin_operator), ("configuration", self.admin_configuration))
+        return " and ".join(who for who, wish in wishes if wish is self.admin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,6 +401,8 @@ def _endpoint(view: PoolView, workers: Sequence[WorkerReport], index: int, name:
         health=status.health,
         role=status.role,
         admin=status.admin,
+        admin_operator=status.admin_operator,
+        admin_configuration=status.admin_config,
         verdict=status.verdict,
         weight=status.weight,
         epoch=status.epoch,
@@ -658,12 +668,15 @@ def _endpoint_findings(endpoint: EndpointReport) -> Iterator[Finding]:
             "raise the server's max_connections, or lower the caps of all hosts together",
         )
     if endpoint.admin is not Admin.READY:
+        is_operator_s = endpoint.admin_operator is not Admin.READY
         yield Finding(
-            Level.FINE,
+            Level.DEGRADED if is_operator_s else Level.FINE,  # a removal ends by itself
             f"endpoint-{endpoint.admin.name.lower()}",
-            f"{subject} is set to {endpoint.admin.name}",
-            "it gets no new connection",
-            "set it to ready when it shall take part again",
+            f"{subject} is set to {endpoint.admin.name} by {endpoint.admin_by}; {endpoint.held} connections are left",
+            "it gets no new connection" + (", and is not probed" if endpoint.admin is Admin.MAINT else ""),
+            f"when it shall take part again: shmpool ready {endpoint.name}"
+            if is_operator_s
+            else "nothing needs to be done: its row is free when nothing is left",
         )
 
 

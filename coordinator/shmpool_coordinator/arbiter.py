@@ -10,7 +10,7 @@ If a process dies.  Its recalls become outdated with its slot words; a new coord
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -174,6 +174,15 @@ class Arbiter:
         while slot >= 0:
             found.append(slot)
             slot = codes.find(use, slot + 1)
+        return found
+
+    def idle_at(self, endpoints: Collection[int]) -> dict[int, int]:
+        """Return, by slot, the slot words of connections that rest at one of these endpoints."""
+        found = {}
+        for slot in self.slots_in(Use.IDLE):
+            word = self.segment.words[self._slots_at + slot]
+            if word & FIELDS_MASK == BOTH_YES and word >> E_INDEX_SHIFT & 0xFF in endpoints:
+                found[slot] = word
         return found
 
     def waiters(self) -> list[Waiter]:

@@ -43,7 +43,7 @@ from shmpool_coordinator.health import EndpointHealth, ProbeResult
 from shmpool_coordinator.origin import File, Origin, password_findings
 from shmpool_coordinator.probe import Probe, parse_conninfo
 from shmpool_coordinator.reaper import Reaper
-from shmpool_coordinator.registry import Access, Registry, lock_pool
+from shmpool_coordinator.registry import Access, Registry, UnknownEndpointError, lock_pool
 from shmpool_coordinator.repair import RepairError
 from shmpool_coordinator.sessions import Sessions
 
@@ -219,6 +219,7 @@ class Daemon:
         self.reaper = Reaper(self.segment, registry.locks)
         self.arbiter = Arbiter(self.segment, lambda row: registry.locks.holder(row) is not None)
         self.sessions = Sessions(self.segment, self._wake)
+        self._sent_home: dict[int, int] = {}  # slot words, by slot: what rests at drained endpoints and was asked for
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -274,6 +275,7 @@ class Daemon:
         assert self.registry.settings is not None
         usable = self.registry.usable_endpoints() if waiters else {}
         rows = self.arbiter.tick(waiters, self.registry.settings, usable, self.permits, now)
+        rows |= self._rows_to_leave()
         if rows:
             self.control.send_rows(rows, "recall")
         offset = time.time() - now
@@ -287,6 +289,14 @@ class Daemon:
         if self._depart_by is not None and (now >= self._depart_by or not self._has_siblings()):
             self._is_ending = True
         self._next_tick = now + (ENDING_TICK_S if self.reaper.awaits_an_end else BUSY_TICK_S if waiters else TICK_S)
+
+    def _rows_to_leave(self) -> set[int]:
+        """Return the worker rows with something new to close: connections that rest at endpoints that are not READY."""
+        drained = self.registry.drained_endpoints()
+        resting = self.arbiter.idle_at(drained) if drained else {}
+        told, self._sent_home = self._sent_home, resting
+        per_row = self.segment.layout.slots_per_worker
+        return {slot // per_row for slot, word in resting.items() if told.get(slot) != word}
 
     def _check(self, now: float) -> None:
         damage = self.registry.damage()
@@ -497,6 +507,7 @@ class Daemon:
             "evidence": self._evidence,
             "info": self._info,
             "reload": self._reload,
+            "admin": self._admin,
             "retire": self._retire,
             "repair": self._repair,
             "passwords": self._passwords,
@@ -584,6 +595,32 @@ class Daemon:
                     watch.health = health.hasten(watch.health, monotonic())
         return Reply("taken", {})
 
+    def _admin(self, peer: Peer, message: Message) -> Reply:
+        """Note what an operator wants of an endpoint; the next tick, which is now, sends home what rests there."""
+        name, wish = _text(message, "endpoint"), _text(message, "admin")
+        wishes = {admin.name.lower(): admin for admin in Admin}
+        if wish not in wishes:
+            raise RequestError(f"admin is {wish[:40]!r}, expected one of {', '.join(wishes)}")
+        try:
+            status = self.registry.set_operator_wish(name, wishes[wish])
+        except UnknownEndpointError as error:
+            raise RequestError(str(error)) from None
+        alone = self.registry.groups_left_alone_by(name)
+        log.warning("endpoint %s: %s, as pid %d (uid %d) asked for", name, wish, peer.pid, peer.uid)
+        if alone:
+            log.warning("endpoint %s: without it no endpoint is eligible for group %s", name, ", ".join(alone))
+        self._next_tick = 0.0
+        return Reply(
+            "admin",
+            {
+                "endpoint": name,
+                "admin": status.admin.name.lower(),
+                "operator": status.admin_operator.name.lower(),
+                "configuration": status.admin_config.name.lower(),
+                "groups_left_alone": alone,
+            },
+        )
+
     def _retire(self, peer: Peer, _message: Message) -> Reply:
         """Let everybody leave the segment; `tick` makes its successor when the last one has."""
         try:
@@ -654,7 +691,7 @@ class Daemon:
         old = self.registry
         old.unlink_segment()
         try:
-            registry = Registry(self.names, self._successor, old.locks)
+            registry = Registry(self.names, self._successor, old.locks, old.operator_wishes())
         except (MechanismError, ValueError, OSError) as error:
             log.critical("pool %s: no successor could be made: %s", self.names.pool, error)
             self._exit_code, self._is_ending = EXIT_DAMAGED, True
@@ -742,4 +779,11 @@ def _integer(message: Message, key: str) -> int:
     value: Any = message.get(key)
     if type(value) is not int:
         raise RequestError(f"{message['type']}: {key} is {str(value)[:40]!r}, expected a whole number")
+    return value
+
+
+def _text(message: Message, key: str) -> str:
+    value: Any = message.get(key)
+    if type(value) is not str:
+        raise RequestError(f"{message['type']}: {key} is {str(value)[:40]!r}, expected a text")
     return value

@@ -31,7 +31,7 @@ from shmpool.routing import is_role_allowed
 from shmpool.rows import Locks, Process
 from shmpool.segment import Segment
 from shmpool.settings import GIVEN, EndpointSettings, GroupSettings, PoolSettings
-from shmpool.states import Admin, Health, Role, SegmentState, Verdict
+from shmpool.states import ADMIN_MOVES, Admin, Health, Role, SegmentState, Verdict
 from shmpool.views import read_row
 from shmpool.words import Status
 from shmpool_coordinator.config import Config, ConfigError
@@ -49,6 +49,10 @@ log = logging.getLogger(__name__)
 
 class SegmentInUseError(MechanismError):
     """What is there can neither be used nor replaced, because processes still use it."""
+
+
+class UnknownEndpointError(MechanismError):
+    """The pool has no endpoint of that name; the message tells which there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +116,13 @@ def _config_of_other(names: Names) -> str:
 class Registry:
     """One pool's segment and semaphores, in the hands of its coordinator (which holds the lock)."""
 
-    def __init__(self, names: Names, config: Config, locks: Locks) -> None:
+    def __init__(
+        self, names: Names, config: Config, locks: Locks, operator_wishes: Mapping[str, Admin] | None = None
+    ) -> None:
         """Create or adopt the segment, and configure it.
+
+        Args:
+            operator_wishes: by endpoint, as they were in the segment before this one.
 
         Raises:
             SegmentMismatchError, SegmentInUseError: what is there cannot be used; says why.
@@ -144,6 +153,9 @@ class Registry:
                 if not self.is_adopted:
                     self.unlink()
                 raise
+        for name, wish in (operator_wishes or {}).items():
+            with contextlib.suppress(UnknownEndpointError):  # the configuration has dropped it
+                self.set_operator_wish(name, wish)
         me = Process.current()
         for column, value in (
             ("coordinator_pid", me.pid),
@@ -462,6 +474,7 @@ class Registry:
         verdict: Verdict | None = None,
         weight: int | None = None,
         admin_config: Admin | None = None,
+        admin_operator: Admin | None = None,
     ) -> None:
         """Store an endpoint's status in one word; the epoch grows when workers must look at connections anew."""
         at = self.segment.layout.at(ENDPOINTS, index)
@@ -472,6 +485,7 @@ class Registry:
             verdict=old.verdict if verdict is None else verdict,
             weight=old.weight if weight is None else weight,
             admin_config=old.admin_config if admin_config is None else admin_config,
+            admin_operator=old.admin_operator if admin_operator is None else admin_operator,
         )
         is_changed = (old.health, old.role, old.admin) != (new.health, new.role, new.admin)
         is_conflict_changed = (old.verdict is Verdict.ROLE_CONFLICT) != (new.verdict is Verdict.ROLE_CONFLICT)
@@ -572,6 +586,53 @@ class Registry:
             )
             for group in self.settings.groups
         }
+
+    def set_operator_wish(self, name: str, wish: Admin) -> Status:
+        """Note what the operator wants of an endpoint and return its status; the configuration's wish stays beside it.
+
+        Kept in the segment: reloads and other coordinators leave it as it is.
+
+        Raises:
+            UnknownEndpointError: there is no such endpoint.
+        """
+        index = self._endpoint(name).index
+        if wish in ADMIN_MOVES[self.status(index).admin_operator]:
+            self._set_status(index, admin_operator=wish)
+        return self.status(index)
+
+    def operator_wishes(self) -> dict[str, Admin]:
+        """Return by endpoint what the operator wants, where that is not READY."""
+        assert self.settings is not None
+        wishes = {e.name: self.status(e.index).admin_operator for e in self.settings.endpoints}
+        return {name: wish for name, wish in wishes.items() if wish is not Admin.READY}
+
+    def drained_endpoints(self) -> frozenset[int]:
+        """Return the endpoints at which nothing is to rest: those that are not READY."""
+        assert self.settings is not None
+        return frozenset(e.index for e in self.settings.endpoints if self.status(e.index).admin is not Admin.READY)
+
+    def groups_left_alone_by(self, name: str) -> list[str]:
+        """Return the groups that have no usable endpoint and that this one would serve if it were READY."""
+        assert self.settings is not None
+        index, usable = self._endpoint(name).index, self.usable_endpoints()
+        role, is_ready = self.status(index).role, self.status(index).admin is Admin.READY
+        return [
+            group.name
+            for group in self.settings.groups
+            if not is_ready
+            and not usable[group.index]
+            and group.connections
+            and (not group.endpoints or name in group.endpoints)
+            and is_role_allowed(group.target, role)
+        ]
+
+    def _endpoint(self, name: str) -> EndpointSettings:
+        assert self.settings is not None
+        for endpoint in self.settings.endpoints:
+            if endpoint.name == name:
+                return endpoint
+        there_are = ", ".join(e.name for e in self.settings.endpoints)
+        raise UnknownEndpointError(f"pool {self.names.pool!r} has no endpoint {name!r}; there are: {there_are}")
 
     # -- the header, and the end -------------------------------------------------------------------
 

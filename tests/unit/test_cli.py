@@ -308,3 +308,18 @@ def test_rich_is_for_tables_alone() -> None:
 def test_names_are_those_of_the_user() -> None:
     """A pool's names carry the uid."""
     assert Names.of("web", 7).segment == Path("/dev/shm/shmpool.7.web")
+
+
+@pytest.mark.parametrize("wish", ["drain", "ready", "maint"])
+def test_admin_commands_need_a_coordinator(pool: OfflinePool, wish: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a coordinator: exit code 2 and where one was expected; nothing is changed."""
+    before = pool.segment.words.tobytes()
+    code, text = run(capsys, wish, "pg1", "--pool", pool.names.pool)
+    assert code == 2
+    assert f"no coordinator listens on {pool.names.socket}" in text
+    assert pool.segment.words.tobytes() == before
+
+
+def test_admin_commands_need_an_endpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    """A command without an endpoint is a wrong command line."""
+    assert run(capsys, "drain")[0] == 64

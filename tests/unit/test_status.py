@@ -108,7 +108,7 @@ def test_a_pool_at_rest_is_fine() -> None:
             Level.DEGRADED,
         ),
         (RUNNING, endpoint(verdict=Verdict.FULL), "endpoint-full", Level.DEGRADED),
-        (RUNNING, endpoint(admin_operator=Admin.DRAIN), "endpoint-drain", Level.FINE),
+        (RUNNING, endpoint(admin_operator=Admin.DRAIN), "endpoint-drain", Level.DEGRADED),
         (RUNNING, endpoint(admin_config=Admin.MAINT), "endpoint-maint", Level.FINE),
         (RUNNING, busy(slot_row(3, "", Use.WAITING)), "group-exhausted", Level.DEGRADED),
         (
@@ -262,3 +262,24 @@ def test_findings_are_sentences() -> None:
 def test_durations_for_people(seconds: float | None, text: str) -> None:
     """Durations carry the unit that people read best."""
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("operator", "configuration", "told"),
+    [
+        (Admin.DRAIN, Admin.READY, "DRAIN by operator;"),
+        (Admin.READY, Admin.DRAIN, "DRAIN by configuration;"),
+        (Admin.DRAIN, Admin.DRAIN, "DRAIN by operator and configuration;"),
+        (Admin.MAINT, Admin.DRAIN, "MAINT by operator;"),
+    ],
+)
+def test_a_drain_says_who_wants_it(operator: Admin, configuration: Admin, told: str) -> None:
+    """The finding names whose wish counts; both are in the report."""
+    report = judge(view(**endpoint(admin_operator=operator, admin_config=configuration)), RUNNING)
+    (finding,) = report.findings
+    assert told in finding.found
+    plain = as_json(report)["endpoints"][0]
+    assert (plain["admin_operator"], plain["admin_configuration"]) == (
+        operator.name.lower(),
+        configuration.name.lower(),
+    )

@@ -11,9 +11,10 @@ from shmpool import segment
 from shmpool.errors import SegmentMismatchError
 from shmpool.layout import ENDPOINTS, GROUPS, Layout
 from shmpool.names import Names
-from shmpool.states import Admin, Health, Role, SegmentState, Verdict
+from shmpool.states import ADMIN_MOVES, Admin, Health, Role, SegmentState, Verdict
 from shmpool.words import Control
 from shmpool_coordinator.health import EndpointHealth, ProbeResult
+from shmpool_coordinator.registry import Access, Registry, UnknownEndpointError, lock_pool
 from tests.support.desk import close_desk, config_of, desk, open_desk
 
 
@@ -186,5 +187,79 @@ def test_epoch_grows_with_what_workers_must_know(pool_name: str) -> None:
         assert epoch_after(up, replace(good, address="10.0.0.2"), Verdict.OK) == 3
         assert epoch_after(replace(up, role=Role.REPLICA), good, Verdict.OK) == 4
         assert registry.status(0).role is Role.REPLICA
+    finally:
+        close_desk(registry)
+
+
+@pytest.mark.parametrize(("before", "after"), [(before, after) for before in Admin for after in Admin])
+def test_the_operator_s_moves(pool_name: str, before: Admin, after: Admin) -> None:
+    """Every drawn move is made and grows the epoch; saying the same again changes nothing."""
+    registry = open_desk(config_of(pool_name))
+    try:
+        epoch = registry.set_operator_wish("pg1", before).epoch
+        status = registry.set_operator_wish("pg1", after)
+        assert (status.admin, status.admin_operator, status.admin_config) == (after, after, Admin.READY)
+        assert (status.epoch > epoch) == (after in ADMIN_MOVES[before])
+        assert registry.drained_endpoints() == (frozenset() if after is Admin.READY else {0})
+    finally:
+        close_desk(registry)
+
+
+def test_the_stricter_wish_counts_and_neither_cancels_the_other(pool_name: str) -> None:
+    """Operator and configuration want different things of an endpoint; each can take back its own wish only."""
+    both, one = (config_of(pool_name, None, dict.fromkeys(names, 3)) for names in (("pg1", "pg2"), ("pg1",)))
+    registry = open_desk(both)
+    try:
+        registry.set_operator_wish("pg2", Admin.MAINT)
+        registry.configure(one)
+        assert (registry.status(1).admin, registry.status(1).admin_config) == (Admin.MAINT, Admin.DRAIN)
+        assert registry.set_operator_wish("pg2", Admin.READY).admin is Admin.DRAIN
+        epoch = registry.status(1).epoch
+        assert registry.set_operator_wish("pg2", Admin.DRAIN).epoch == epoch  # nothing that workers would notice
+        registry.configure(both)
+        assert registry.status(1).admin_config is Admin.READY
+        assert registry.status(1).admin is Admin.DRAIN
+    finally:
+        close_desk(registry)
+
+
+def test_the_operator_s_wish_is_adopted_and_passed_on(pool_name: str) -> None:
+    """Another coordinator finds it in the segment; a new segment begins with it, for endpoints that still exist."""
+    config = config_of(pool_name)
+    first = open_desk(config)
+    first.set_operator_wish("pg1", Admin.MAINT)
+    close_desk(first, unlink=False)
+    second = open_desk(config)
+    wishes = second.operator_wishes()
+    close_desk(second)
+    assert wishes == {"pg1": Admin.MAINT}
+    names = Names.of(pool_name)
+    third = Registry(names, config, lock_pool(names, Access.of(config)), {"gone": Admin.DRAIN, **wishes})
+    try:
+        assert third.status(0).admin_operator is Admin.MAINT
+    finally:
+        close_desk(third)
+
+
+def test_an_unknown_endpoint_is_refused_with_the_names_there_are(pool_name: str) -> None:
+    """The error names what was asked for and what there is."""
+    registry = open_desk(config_of(pool_name, None, {"pg1": 3, "pg2": 3}))
+    try:
+        with pytest.raises(UnknownEndpointError, match="no endpoint 'pg3'; there are: pg1, pg2"):
+            registry.set_operator_wish("pg3", Admin.DRAIN)
+    finally:
+        close_desk(registry)
+
+
+def test_groups_that_a_drain_leaves_alone(pool_name: str) -> None:
+    """A group is left alone when the last endpoint that is usable for it is drained, not before."""
+    registry = open_desk(config_of(pool_name, None, {"pg1": 3, "pg2": 3}))
+    try:
+        registry.set_operator_wish("pg1", Admin.DRAIN)
+        assert registry.groups_left_alone_by("pg1") == []
+        registry.set_operator_wish("pg2", Admin.DRAIN)
+        assert registry.groups_left_alone_by("pg2") == ["read"]
+        registry.set_operator_wish("pg2", Admin.READY)
+        assert registry.groups_left_alone_by("pg2") == []
     finally:
         close_desk(registry)
