@@ -491,7 +491,7 @@ class Registry:
         def place(column: str) -> int:
             return at + ENDPOINTS.column(column)
 
-        times[place("probed_at")] = monotonic()
+        times[place("probed_at")] = 0.0  # whoever reads meanwhile does not take the old for the new
         words[place("good")], words[place("bad")] = health.good, health.bad
         words[place("probes")] += 1
         if result.verdict not in (Verdict.OK, Verdict.FULL):
@@ -513,6 +513,7 @@ class Registry:
             is_moved = self._addresses.get(index, result.address) != result.address
             self._addresses[index] = result.address
         self._set_status(index, is_moved=is_moved, health=health.health, role=health.role, verdict=verdict)
+        times[place("probed_at")] = monotonic() if result.asked_at is None else result.asked_at
 
     def record_lag(self, index: int, lag_bytes: int | None, lag_s: float | None) -> None:
         """Store how far a replica is behind; None: unknown."""
