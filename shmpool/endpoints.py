@@ -74,7 +74,9 @@ def read_sighting(segment: Segment, index: int) -> Sighting | None:
     standing = Standing(
         status.role, segment.words[at + _SYSTEM], segment.words[at + _TIMELINE], segment.words[at + _LSN]
     )
-    if not asked_at or segment.times[at + _PROBED_AT] != asked_at or status.verdict is not Verdict.OK:
+    if not asked_at or segment.times[at + _PROBED_AT] != asked_at:
+        return None
+    if status.verdict is not Verdict.OK or not standing.lsn:
         return None
     return Sighting(asked_at, standing)
 

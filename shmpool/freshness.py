@@ -61,7 +61,7 @@ def _pop_known(group: LocalGroup, after: CommitPosition) -> Lease | None:
     aside: list[Lease] = []
     try:
         while (lease := group.pop_idle()) is not None:
-            if _is_known_to_show(lease, after):
+            if is_known_to_show(lease, after):
                 return lease
             aside.append(lease)
     finally:
@@ -70,7 +70,8 @@ def _pop_known(group: LocalGroup, after: CommitPosition) -> Lease | None:
     return None
 
 
-def _is_known_to_show(lease: Lease, after: CommitPosition) -> bool:
+def is_known_to_show(lease: Lease, after: CommitPosition) -> bool:
+    """Whether the server of a connection surely shows a position, by what was seen of it while the connection lived."""
     endpoint, conn = lease.recipe.endpoint, lease.connection
     if endpoint.via == "pooler":
         return False  # each statement may reach another server
@@ -145,7 +146,7 @@ def _opened(group: LocalGroup, after: CommitPosition, deadline: float) -> Lease:
         attempt.only = _worth_opening(group, after) - tried
         lease = _pop_known(group, after) or group.try_open(attempt, deadline, may_wait=may_wait)
         if lease is not None:
-            if _is_known_to_show(lease, after) or _is_asked_to_show(lease, after):
+            if is_known_to_show(lease, after) or _is_asked_to_show(lease, after):
                 attempt.failures.clear()  # as in LocalGroup.acquire
                 return lease
             tried.add(lease.recipe.endpoint.index)

@@ -500,7 +500,7 @@ class Registry:
             times[place("latency")] = result.latency_s
         started = None if result.started_at is None else int(result.started_at * _MICROSECONDS)
         for column, seen in (
-            ("lsn", result.lsn),
+            ("lsn", (result.lsn or 0) if result.verdict is Verdict.OK else None),  # no older one with a newer time
             ("timeline", result.timeline),
             ("system_identifier", result.system_identifier),
             ("server_start_wall", started),

@@ -29,7 +29,7 @@ GROUPS = {
     "write": 'connections = 4\ntarget = "primary"',
     "read": 'connections = 4\ntarget = "prefer-replica"',
     "patient": 'connections = 4\ntarget = "prefer-replica"\nafter_wait = "60s"\ntimeout = "60s"',
-    "single": 'connections = 1\ntarget = "prefer-replica"',
+    "single": 'connections = 4\ntarget = "prefer-replica"\nper_worker_max = 1',
     "replica": 'connections = 4\ntarget = "replica"',
 }
 STALE_AFTER_S = 0.5
@@ -221,7 +221,7 @@ def test_group_without_the_primary_waits_and_says_why(pool: Pool, cluster: Clust
 
 
 def test_own_idle_connection_makes_room_for_one_to_the_primary(pool: Pool, cluster: Cluster) -> None:
-    """A group whose only permit rests with the replica that is behind still gets to the primary."""
+    """A worker whose only connection of the group rests with the replica that is behind still gets to the primary."""
     with pool.connection("single") as conn:
         assert is_on_replica(conn)
         pid = backend(conn)
