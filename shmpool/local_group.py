@@ -417,7 +417,7 @@ class LocalGroup:
                     return lease
                 remaining = deadline - monotonic()
                 if remaining <= 0:
-                    raise self._give_up(attempt, monotonic() - waiter.since)
+                    raise self.give_up(attempt, monotonic() - waiter.since)
                 if self._scout is not waiter:
                     waiter.sleep(remaining)
         finally:
@@ -494,10 +494,6 @@ class LocalGroup:
         """
         presence = Presence()
         return self._claim_and_open(attempt, deadline, Waiter(presence) if may_wait else None)
-
-    def give_up(self, attempt: Attempt, waited: float) -> Exception:
-        """Return the error that tells best why an attempt got nothing."""
-        return self._give_up(attempt, waited)
 
     def _claim_and_open(self, attempt: Attempt, deadline: float, scout: Waiter | None) -> Lease | None:
         """Claim permits, as scout sleeping on the group's bells, and open a connection; None: look again."""
@@ -690,7 +686,7 @@ class LocalGroup:
             if again or len(eligible) == 1:
                 time.sleep(max(0.0, min(REFUSED_PAUSE_S, deadline - monotonic())))
 
-    def _give_up(self, attempt: Attempt, waited: float) -> Exception:
+    def give_up(self, attempt: Attempt, waited: float) -> Exception:
         """Return the error that tells best why nothing came in time."""
         self._count_timeout()
         if attempt.failures:

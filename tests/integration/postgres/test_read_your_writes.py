@@ -39,9 +39,8 @@ SLACK_S = 2.0  # of a loaded machine
 
 
 def config_of(name: str, cluster: Cluster, extra: str) -> str:
-    """Return the configuration of a primary `pg1`, a standby `pg2`, GROUPS."""
-    servers = {"pg1": cluster.primary, "pg2": cluster.standbys[0]}
-    endpoints = {name: endpoint_keys(server.conninfo()) for name, server in servers.items()}
+    """Return the configuration of a primary `pg1`, its standbys `pg2` and so on, GROUPS."""
+    endpoints = {f"pg{n}": endpoint_keys(server.conninfo()) for n, server in enumerate(cluster.servers, 1)}
     return pool_config(name, endpoints, GROUPS, extra)
 
 
@@ -64,9 +63,9 @@ def pool(coordinator: CoordinatorProcess) -> Iterator[Pool]:
 
 
 @contextmanager
-def replay_paused(cluster: Cluster) -> Iterator[None]:
-    """Let the standby receive and not replay."""
-    (standby,) = cluster.standbys
+def replay_paused(cluster: Cluster, number: int = 0) -> Iterator[None]:
+    """Let a standby receive and not replay."""
+    standby = cluster.standbys[number]
     standby.execute("SELECT pg_wal_replay_pause()")
     try:
         wait_until(lambda: standby.execute("SELECT pg_get_wal_replay_pause_state()") == [("paused",)])
@@ -101,10 +100,10 @@ def last_statement(server: Server, conn: Handle) -> Any:
     return row
 
 
-def wait_until_seen_past(coordinator: CoordinatorProcess, position: CommitPosition) -> None:
-    """Wait until a probe that began now or later saw the standby past a position."""
+def wait_until_seen_past(coordinator: CoordinatorProcess, position: CommitPosition, number: int = 0) -> None:
+    """Wait until a probe that began now or later saw a standby past a position."""
     segment = coordinator.attach()
-    at, now = segment.layout.at(ENDPOINTS, 1), time.monotonic()
+    at, now = segment.layout.at(ENDPOINTS, 1 + number), time.monotonic()
 
     def is_seen() -> bool:
         is_past: bool = segment.words[at + ENDPOINTS.column("lsn")] >= position.lsn
@@ -308,6 +307,27 @@ def test_event_loop_is_not_blocked(pool: Pool, cluster: Cluster) -> None:
         asyncio.run(read())
         with pool.connection("read") as conn:
             assert backend(conn) == pid
+
+
+def test_replica_that_was_seen_past_the_position_goes_before_one_that_is_behind(pool_name: str) -> None:
+    """With one of two replicas behind, nobody waits for it: a connection to the other one is opened."""
+    require_postgres()
+    with Cluster(standbys=2) as cluster:
+        cluster.primary.execute("CREATE TABLE written (n int)")
+        with running_coordinator(config_of(pool_name, cluster, PROBE), pool_name) as coordinator:
+            wait_until(lambda: is_ready(pool_name), within=10, what=lambda: coordinator.log)
+            with pool_of(pool_name) as pool:
+                with pool.connection("patient") as conn:
+                    port = one_value(conn, "SELECT inet_server_port()")
+                behind = [standby.port for standby in cluster.standbys].index(port)
+                with replay_paused(cluster, behind):
+                    position = written(pool, 1)
+                    wait_until_seen_past(coordinator, position, 1 - behind)
+                    began = time.monotonic()
+                    with pool.connection("patient", timeout=20, after=position) as conn:
+                        assert time.monotonic() - began < SLACK_S
+                        assert one_value(conn, "SELECT inet_server_port()") == cluster.standbys[1 - behind].port
+                        assert sees(conn, 1)
 
 
 def test_old_primary_is_not_taken_for_the_new_one(pool_name: str) -> None:
