@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from shmpool.pool_errors import PoolClosed as PoolClosed
     from shmpool.pool_errors import PoolError as PoolError
     from shmpool.pool_errors import PoolTimeout as PoolTimeout
+    from shmpool.pool_errors import PositionNotReached as PositionNotReached
     from shmpool.pool_errors import UnknownGroup as UnknownGroup
     from shmpool.pool_errors import WouldBlockEventLoop as WouldBlockEventLoop
+    from shmpool.position import CommitPosition as CommitPosition
 
 _HOMES: Final = {
+    "CommitPosition": "shmpool.position",
     "ConfigurationDiffers": "shmpool.pool_errors",
     "Connection": "shmpool.connection",
     "ConnectionGivenBackError": "shmpool.pool_errors",
@@ -33,6 +36,7 @@ _HOMES: Final = {
     "PoolClosed": "shmpool.pool_errors",
     "PoolError": "shmpool.pool_errors",
     "PoolTimeout": "shmpool.pool_errors",
+    "PositionNotReached": "shmpool.pool_errors",
     "UnknownGroup": "shmpool.pool_errors",
     "WouldBlockEventLoop": "shmpool.pool_errors",
 }

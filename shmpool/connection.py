@@ -15,11 +15,11 @@ import select
 import socket
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple, Self
 
 import psycopg2
-from psycopg2 import InterfaceError, OperationalError
+from psycopg2 import InterfaceError, OperationalError, ProgrammingError
 from psycopg2.extensions import (
     STATUS_PREPARED,
     STATUS_READY,
@@ -34,6 +34,7 @@ from psycopg2.extensions import (
 
 from shmpool.clock import monotonic
 from shmpool.credentials import Secrets
+from shmpool.position import CommitPosition, Standing, end_of_records
 from shmpool.settings import Credentials, EndpointSettings, GroupSettings
 from shmpool.states import Role
 
@@ -50,6 +51,21 @@ _RESETS: Final = {
     "session": "reset all; close all; unlisten *; select pg_advisory_unlock_all()",
     "discard": "discard all",
 }
+# The insert position also covers a commit that the server acknowledged before it wrote it (synchronous_commit = off).
+_STANDING: Final = """
+select r.recovery,
+       pg_wal_lsn_diff(r.lsn, '0/0')::bigint,
+       case when r.recovery
+            then greatest((select received_tli from pg_stat_wal_receiver limit 1),
+                          (select timeline_id from pg_control_checkpoint()),
+                          (select min_recovery_end_timeline from pg_control_recovery()))
+            else ('x' || left(pg_walfile_name(r.lsn), 8))::bit(32)::int end,
+       (select system_identifier from pg_control_system()),
+       current_setting('wal_block_size')::bigint,
+       pg_size_bytes(current_setting('wal_segment_size'))
+from (select s.recovery, case when s.recovery then pg_last_wal_replay_lsn() else pg_current_wal_insert_lsn() end as lsn
+      from (select pg_is_in_recovery() as recovery offset 0) as s offset 0) as r
+"""
 
 
 class Connection(connection):
@@ -59,6 +75,7 @@ class Connection(connection):
     opened_encoding: str
     opened_at: float  # CLOCK_MONOTONIC
     is_cut: bool  # this side shut the socket down: the end of the stream says nothing about the server's end
+    seen: Standing | None = None  # where its server stood when it was asked last; it has not gone back since
 
     def __init__(self, dsn: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(dsn, *args, **kwargs)
@@ -79,6 +96,15 @@ class Connection(connection):
     def close(self) -> None:
         """Refuse: the slot's permits must go back too.  Close the handle that checkout returned."""
         raise InterfaceError("this connection belongs to a pool; close the handle that checkout() returned")
+
+    def commit_position(self) -> CommitPosition:
+        """Return a position that covers everything committed here so far: one round trip.  See `Handle`."""
+        if self.get_transaction_status() != TRANSACTION_STATUS_IDLE:
+            raise ProgrammingError("commit_position(): found an open transaction, expected a commit before it")
+        standing = read_standing(self)
+        if standing.role is not Role.PRIMARY:
+            raise ProgrammingError("commit_position(): this connection leads to a replica, which commits nothing")
+        return CommitPosition(standing.system_identifier, standing.timeline, standing.lsn)
 
     def set_session(self, *args: Any, **kwargs: Any) -> None:
         """As psycopg2's; undone at checkin."""
@@ -287,10 +313,58 @@ def is_alive(conn: connection) -> bool:
 
 
 def answers(conn: Connection, seconds: float) -> bool:
-    """Whether an idle connection answers a query within `seconds`: one real round trip.
+    """Whether an idle connection answers a query within `seconds`: one real round trip."""
+    try:
+        with _cut_after(conn, seconds):
+            with cursor(conn) as cur:
+                cur.execute("select 1")
+            if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
+                conn.rollback()
+    except (OperationalError, InterfaceError):
+        return False
+    return not conn.closed and not conn.is_cut
 
-    A server that does not answer is cut off by shutting its socket down, which also frees libpq.
+
+def asked_standing(conn: Connection, seconds: float) -> Standing | None:
+    """Ask an idle connection where its server stands; None: it did not say so within `seconds`.
+
+    A connection that is of no use any more is closed, or cut.
     """
+    try:
+        with _cut_after(conn, seconds):
+            conn.seen = read_standing(conn)
+    except psycopg2.Error:
+        return None
+    return None if conn.closed or conn.is_cut else conn.seen
+
+
+def read_standing(conn: connection) -> Standing:
+    """Return where a server stands: one round trip, outside a transaction.
+
+    Raises:
+        psycopg2.Error: the server was lost, or does not tell.
+    """
+    try:
+        with cursor(conn) as cur:
+            cur.execute(_STANDING)
+            row = cur.fetchone()
+    finally:
+        if not conn.closed and conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
+            conn.rollback()
+    assert row is not None
+    recovery, lsn, timeline, system, page_bytes, segment_bytes = row
+    lsn = lsn or 0
+    return Standing(
+        Role.REPLICA if recovery else Role.PRIMARY,
+        system & 0xFFFFFFFFFFFFFFFF,
+        timeline or 0,
+        lsn if recovery else end_of_records(lsn, page_bytes, segment_bytes),
+    )
+
+
+@contextlib.contextmanager
+def _cut_after(conn: Connection, seconds: float) -> Iterator[None]:
+    """Cut off a server that does not answer in time by shutting the socket down, which also frees libpq."""
     twin = socket.socket(fileno=os.dup(conn.fileno()))
 
     def cut() -> None:
@@ -300,14 +374,7 @@ def answers(conn: Connection, seconds: float) -> bool:
     timer = threading.Timer(seconds, cut)
     timer.start()
     try:
-        with cursor(conn) as cur:
-            cur.execute("select 1")
-        if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
-            conn.rollback()
-    except (OperationalError, InterfaceError):
-        return False
-    else:
-        return not conn.closed and not conn.is_cut
+        yield
     finally:
         timer.cancel()
         timer.join()  # it must not meet a descriptor that was closed, or is another's by now

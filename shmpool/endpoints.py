@@ -8,18 +8,25 @@ If a process dies.  Without a coordinator the words stay; the heartbeat tells th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from shmpool.clock import monotonic
 from shmpool.layout import ENDPOINTS, HEADER, SLOT_WORDS
+from shmpool.position import Standing
 from shmpool.routing import Candidate
 from shmpool.segment import Segment
 from shmpool.settings import EndpointSettings
 from shmpool.slots import EndpointPermits, GroupPermits
+from shmpool.states import Verdict
 from shmpool.words import ORPHAN, PART_MASK, Control, Status
 
 _STATUS = ENDPOINTS.column("status")
 _LAG = ENDPOINTS.column("lag")
 _LAG_BYTES = ENDPOINTS.column("lag_bytes")
+_PROBED_AT = ENDPOINTS.column("probed_at")
+_LSN = ENDPOINTS.column("lsn")
+_TIMELINE = ENDPOINTS.column("timeline")
+_SYSTEM = ENDPOINTS.column("system_identifier")
 
 
 def status_at(segment: Segment, index: int) -> int:
@@ -56,6 +63,32 @@ def count_held(segment: Segment, group: GroupPermits, endpoint: EndpointPermits)
     start, end = segment.layout.span(SLOT_WORDS)
     pair, mask = group.yes | endpoint.yes, PART_MASK & ~ORPHAN
     return sum(word & mask == pair for word in segment.words[start:end].tolist())
+
+
+class Sighting(NamedTuple):
+    """Where the coordinator saw a server stand, and when it asked (monotonic).
+
+    It holds for the server that a connection leads to if that was opened before, and lives: it would not have survived
+    the server's end.
+    """
+
+    asked_at: float
+    standing: Standing
+
+
+def read_sighting(segment: Segment, index: int) -> Sighting | None:
+    """Return where the last probe saw an endpoint's server; None: it did not, or is just being recorded."""
+    at = segment.layout.at(ENDPOINTS, index)
+    asked_at: float = segment.times[at + _PROBED_AT]
+    status = Status.of(segment.words[at + _STATUS])
+    standing = Standing(
+        status.role, segment.words[at + _SYSTEM], segment.words[at + _TIMELINE], segment.words[at + _LSN]
+    )
+    if not asked_at or segment.times[at + _PROBED_AT] != asked_at:
+        return None
+    if status.verdict is not Verdict.OK or not standing.lsn:
+        return None
+    return Sighting(asked_at, standing)
 
 
 def heartbeat_age(segment: Segment) -> float:

@@ -22,6 +22,7 @@ from shmpool.pool_errors import ConnectionGivenBackError
 
 if TYPE_CHECKING:
     from shmpool.local_group import Lease
+    from shmpool.position import CommitPosition
 
 _METHODS: Final = (
     "cancel",
@@ -90,6 +91,16 @@ class Handle:
             lease = self._live()
         cur: cursor = lease.connection.cursor(*args, **kwargs)
         return cur
+
+    def commit_position(self) -> CommitPosition:
+        """Return a position that covers every commit made here so far, for `Pool.connection(..., after=...)`.
+
+        Call it after the commit: one round trip.  What others commit meanwhile may be covered, too.
+
+        Raises:
+            psycopg2.ProgrammingError: a transaction is open, or the connection leads to a replica.
+        """
+        return self._live().connection.commit_position()
 
     def close(self) -> None:
         """Give the connection back to its pool; a second time: nothing."""

@@ -94,7 +94,7 @@ ENDPOINTS: Final = Table(
     32,
     (
         Column("status", "words.Status; 0: row not in use"),
-        _time("probed_at", "end of the last probe"),
+        _time("probed_at", "when the last probe asked; 0 while it is being recorded"),
         _time("since", "last change of health, role or admin"),
         _time("latency", "of the last good probe"),
         _time("lag", "replay lag; negative: unknown"),

@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Final
 
 import psycopg2
@@ -446,7 +447,7 @@ class LocalGroup:
                     return lease
                 remaining = deadline - monotonic()
                 if remaining <= 0:
-                    raise self._give_up(attempt, monotonic() - waiter.since)
+                    raise self.give_up(attempt, monotonic() - waiter.since)
                 if self._scout is not waiter:
                     waiter.sleep(remaining)
         finally:
@@ -513,6 +514,17 @@ class LocalGroup:
 
     # -- claiming and opening
 
+    def try_open(self, attempt: Attempt, deadline: float, *, may_wait: bool) -> Lease | None:
+        """Claim permits and open a connection, beside the queue, waiting for a slice at most; None: look again.
+
+        For a thread that not every connection serves: one that is checked in may be of no use to it.
+
+        Raises:
+            psycopg2.OperationalError: endpoints were tried, and will not take a connection.
+        """
+        presence = Presence()
+        return self._claim_and_open(attempt, deadline, Waiter(presence) if may_wait else None)
+
     def _claim_and_open(self, attempt: Attempt, deadline: float, scout: Waiter | None) -> Lease | None:
         """Claim permits, as scout sleeping on the group's bells, and open a connection; None: look again."""
         if self.is_retired or not self.attachment.is_current():
@@ -551,9 +563,10 @@ class LocalGroup:
         began = monotonic()
 
         def is_done() -> bool:
-            relieved = len(self.waiters) > 1 and monotonic() - began >= SLICE_S
+            is_choosy = attempt.only is not None
+            relieved = (is_choosy or len(self.waiters) > 1) and monotonic() - began >= SLICE_S
             is_over = self.is_retired or not self.attachment.is_current()
-            return bool(self.idle or scout.handed) or relieved or is_over
+            return bool((self.idle and not is_choosy) or scout.handed) or relieved or is_over
 
         self.attachment.say_waiting(self.permits.index)
         return self.table.wait(
@@ -593,7 +606,9 @@ class LocalGroup:
         now = monotonic()
         avoided = {index for index in route.order if self._avoid.get(index, 0.0) > now}
         order = tuple(sorted(route.order, key=avoided.__contains__))
-        if not avoided >= set(order) - route.spare:
+        if attempt.only is not None:
+            order = tuple(index for index in order if index in attempt.only)
+        elif not avoided >= set(order) - route.spare:
             order = tuple(index for index in order if index not in route.spare)
         attempt.route = Route(order, route.refusals)
         return attempt.route
@@ -708,7 +723,7 @@ class LocalGroup:
             if again or len(eligible) == 1:
                 time.sleep(max(0.0, min(REFUSED_PAUSE_S, deadline - monotonic())))
 
-    def _give_up(self, attempt: Attempt, waited: float) -> Exception:
+    def give_up(self, attempt: Attempt, waited: float) -> Exception:
         """Return the error that tells best why nothing came in time."""
         self._count_timeout()
         if attempt.failures:
@@ -757,11 +772,16 @@ def refuse_in_event_loop(group: str) -> None:
 
 
 class Attempt:
-    """What one checkout has tried so far."""
+    """What one checkout has tried so far.
 
-    __slots__ = ("failures", "route")
+    Args:
+        only: the endpoints that it may try; default: all that are eligible.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("failures", "only", "route")
+
+    def __init__(self, only: Collection[int] | None = None) -> None:
+        self.only = only
         self.route: Route | None = None
         self.failures: dict[int, psycopg2.OperationalError] = {}
 

@@ -34,10 +34,12 @@ from shmpool.clock import monotonic
 from shmpool.connection import Connection, are_spent, make_recipe, restore
 from shmpool.credentials import Lookup
 from shmpool.errors import DisownedError, MechanismError, SegmentMissingError, SegmentRetiredError
+from shmpool.freshness import acquire_after
 from shmpool.handle import Handle
 from shmpool.local_group import BYPASS_S, Lease, LocalGroup, tidy
 from shmpool.names import Names
 from shmpool.pool_errors import ConfigurationDiffers, CoordinatorNotRunning, PoolClosed, PoolError, UnknownGroup
+from shmpool.position import CommitPosition
 from shmpool.settings import GIVEN
 
 if TYPE_CHECKING:
@@ -163,11 +165,28 @@ class Pool:
         if lease.waiters:
             lease.group.serve()
 
-    def connection(self, group: str, timeout: float | None = None) -> Lending:
-        """Return a context manager around `checkout` and `checkin`.
+    def checkout_after(self, group: str, after: CommitPosition, timeout: float | None = None) -> Handle:
+        """Return a connection of a group to a server that shows everything up to a position (`commit_position`).
+
+        A replica that is known to have come so far serves at once, without a statement.  Else the replica at hand is
+        asked, for `after_wait` at most; then the primary serves, if the group may use it, else it is waited for one
+        that shows the position.  A position of a system that no endpoint is of any more is ignored.
+
+        Raises:
+            PositionNotReached: no endpoint of the group showed the position in time.
+            Others, and `timeout`: as `checkout`.
+        """
+        if not isinstance(after, CommitPosition):
+            raise TypeError(f"after: found {type(after).__name__}, expected a CommitPosition; parse() reads its text")
+        return self._checkout_slowly(group, timeout, None, after)
+
+    def connection(self, group: str, timeout: float | None = None, after: CommitPosition | None = None) -> Lending:
+        """Return a context manager around `checkout`, or with a position `checkout_after`, and `checkin`.
 
         In groups without autocommit it commits on success and rolls back on an exception.
         """
+        if after is not None:
+            return LendingAfter(self, group, timeout, after)
         return Lending(self, group, timeout)
 
     def statistics(self) -> dict[str, dict[str, float]]:
@@ -316,7 +335,9 @@ class Pool:
                     raise
                 time.sleep(min(JOIN_PAUSE_S, remaining))
 
-    def _checkout_slowly(self, group: str, timeout: float | None, lease: Lease | None) -> Handle:
+    def _checkout_slowly(
+        self, group: str, timeout: float | None, lease: Lease | None, after: CommitPosition | None = None
+    ) -> Handle:
         """Everything that is not a warm checkout: join, look after an idle connection, claim and open, wait."""
         began = monotonic()
         deadline = None if timeout is None else began + timeout
@@ -335,7 +356,10 @@ class Pool:
                 lease = None
             try:
                 state.tidy()
-                lease = lease or local.pop_idle() or local.acquire(deadline)
+                if after is None:
+                    lease = lease or local.pop_idle() or local.acquire(deadline)
+                else:
+                    lease = acquire_after(local, after, deadline)
                 break
             except (DisownedError, SegmentRetiredError):
                 if monotonic() >= deadline:
@@ -460,6 +484,20 @@ class Lending:
                 lease.connection.commit()
         finally:
             self._pool.checkin(handle)
+
+
+class LendingAfter(Lending):
+    """A connection that shows a position, for the length of a `with` block; see `Pool.connection`."""
+
+    __slots__ = ("_after",)
+
+    def __init__(self, pool: Pool, group: str, timeout: float | None, after: CommitPosition) -> None:
+        super().__init__(pool, group, timeout)
+        self._after = after
+
+    def __enter__(self) -> Handle:
+        self._handle = self._pool.checkout_after(self._group, self._after, self._timeout)
+        return self._handle
 
 
 def how_to_start(pool: str, reason: object) -> str:

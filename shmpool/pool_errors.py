@@ -18,6 +18,14 @@ class PoolTimeout(PoolError):  # noqa: N818  a name that users of other pools kn
     """No connection became free in time.  The message says the cap, who holds it and who waits."""
 
 
+class PositionNotReached(PoolTimeout):
+    """No endpoint that serves the group showed a commit position in time, and the primary is not among them."""
+
+    def __init__(self, group: str, target: str, position: str, found: Mapping[str, str]) -> None:
+        told = "; ".join(f"{name}: {standing}" for name, standing in found.items()) or "no endpoint is configured"
+        super().__init__(f"group {group!r} (target {target}): no endpoint shows position {position} yet: {told}")
+
+
 class NoEligibleEndpoint(PoolError):  # noqa: N818  says what is missing
     """No endpoint may serve the group now.  `reasons` tells why, for each."""
 

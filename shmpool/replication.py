@@ -102,6 +102,8 @@ def lag_of(
     if primary is None:
         may_be_there = any(other.role is Role.UNKNOWN for other in others)
         return last if may_be_there else Lag(unreplayed, replay_age)
+    if not replica.lsn:  # it told no position
+        return Lag(unreplayed, replay_age)
     behind = max(0, primary.lsn - replica.lsn)
     if behind == 0:
         return Lag(0, 0.0)

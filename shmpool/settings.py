@@ -41,6 +41,7 @@ _LIGHT_OF_GROUP: Final[Mapping[str, Any]] = {
     "max_idle": 0.0,
     "ping_after": 0.0,
     "leak_after": None,
+    "after_wait": 0.0,
 }
 
 
@@ -93,6 +94,7 @@ class GroupSettings(NamedTuple):
     idle_in_transaction_session_timeout: float | None
     settings: Mapping[str, str]
     application_name: str
+    after_wait: float = 0.05
 
     def of_connection(self) -> Self:
         """Return what an open connection depends on; everything else as if it had never been set."""

@@ -382,6 +382,7 @@ class Group(Table):
     per_worker_min: Count = 0
     per_worker_max: Permits = 8
     timeout: DurationOrZero = 5.0
+    after_wait: DurationOrZero = 0.05
     max_waiting: Count = 0
     max_lifetime: Duration = 3600.0
     max_idle: Duration = 600.0

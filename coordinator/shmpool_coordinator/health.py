@@ -105,6 +105,7 @@ class ProbeResult:
     max_connections: int | None = None
     address: str | None = None
     error: str = ""
+    asked_at: float | None = None  # monotonic, before the server answered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,8 @@ LSN_ZERO: Final = "'0/0'::pg_lsn"
 
 # CASE keeps each function to the side of replication where it is allowed.  Functions and views used
 # here are open to every role; pg_stat_wal_receiver shows only NULL beside the pid to a role without
-# pg_monitor.  What a replica has not received or replayed yet is NULL, which `greatest` would turn into 0.
+# pg_monitor; the control file says of a standby's timeline what it is at least.  What a replica has not received or
+# replayed yet is NULL, which `greatest` would turn into 0.
 FULL_QUERY: Final = f"""
 SELECT r.recovery,
        current_setting('transaction_read_only')::bool,
@@ -43,7 +44,10 @@ SELECT r.recovery,
        CASE WHEN r.recovery AND pg_last_xact_replay_timestamp() IS NOT NULL
             THEN greatest(0, extract(epoch FROM
                  clock_timestamp() - pg_last_xact_replay_timestamp()))::float8 END,
-       CASE WHEN r.recovery THEN (SELECT received_tli FROM pg_stat_wal_receiver LIMIT 1)
+       CASE WHEN r.recovery
+            THEN greatest((SELECT received_tli FROM pg_stat_wal_receiver LIMIT 1),
+                          (SELECT timeline_id FROM pg_control_checkpoint()),
+                          (SELECT min_recovery_end_timeline FROM pg_control_recovery()))
             ELSE ('x' || left(pg_walfile_name(r.lsn), 8))::bit(32)::int END,
        (SELECT system_identifier FROM pg_control_system()),
        extract(epoch FROM pg_postmaster_start_time())::float8,
@@ -338,7 +342,8 @@ class Probe:
         return self._connection
 
     def _ask(self, connection: extensions.connection) -> ProbeResult:
-        deadline = time.monotonic() + self._timeout_s
+        asked_at = time.monotonic()
+        deadline = asked_at + self._timeout_s
         try:
             row, latency_s = self._run(connection, deadline)
         except psycopg2.Error as error:
@@ -361,6 +366,7 @@ class Probe:
             server_version=connection.server_version,
             max_connections=cap,
             address=address,
+            asked_at=asked_at,
         )
 
     def _run(self, connection: extensions.connection, deadline: float) -> tuple[tuple[Any, ...], float]:

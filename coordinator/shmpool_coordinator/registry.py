@@ -506,7 +506,7 @@ class Registry:
         def place(column: str) -> int:
             return at + ENDPOINTS.column(column)
 
-        times[place("probed_at")] = monotonic()
+        times[place("probed_at")] = 0.0  # whoever reads meanwhile does not take the old for the new
         words[place("good")], words[place("bad")] = health.good, health.bad
         words[place("probes")] += 1
         if result.verdict not in (Verdict.OK, Verdict.FULL):
@@ -515,7 +515,7 @@ class Registry:
             times[place("latency")] = result.latency_s
         started = None if result.started_at is None else int(result.started_at * _MICROSECONDS)
         for column, seen in (
-            ("lsn", result.lsn),
+            ("lsn", (result.lsn or 0) if result.verdict is Verdict.OK else None),  # no older one with a newer time
             ("timeline", result.timeline),
             ("system_identifier", result.system_identifier),
             ("server_start_wall", started),
@@ -528,6 +528,7 @@ class Registry:
             is_moved = self._addresses.get(index, result.address) != result.address
             self._addresses[index] = result.address
         self.judge(index, health, is_moved=is_moved)
+        times[place("probed_at")] = monotonic() if result.asked_at is None else result.asked_at
 
     def judge(self, index: int, health: EndpointHealth, *, is_moved: bool = False) -> None:
         """Store an endpoint's health, role and verdict: ROLE_CONFLICT for a primary that another one supersedes.

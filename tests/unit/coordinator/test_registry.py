@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 
 from shmpool import segment
+from shmpool.endpoints import Sighting, read_sighting
 from shmpool.errors import SegmentMismatchError
 from shmpool.layout import ENDPOINTS, GROUPS, Layout
 from shmpool.names import Names
+from shmpool.position import Standing
 from shmpool.states import ADMIN_MOVES, Admin, Health, Role, SegmentState, Verdict
 from shmpool.words import Control
 from shmpool_coordinator.health import EndpointHealth, ProbeResult
@@ -164,6 +166,30 @@ def test_configuration_that_needs_more_rows_is_refused(pool_name: str) -> None:
         with pytest.raises(ValueError, match=r"no row is free for 'd'"):
             registry.configure(bigger)
         assert registry.segment.read_settings() == (generation, settings)
+    finally:
+        close_desk(registry)
+
+
+def test_position_is_that_of_the_last_probe(pool_name: str) -> None:
+    """Workers read where a server stood when the last probe asked; nothing after one that failed or was not told."""
+    registry = open_desk(config_of(pool_name))
+    try:
+        up = EndpointHealth(health=Health.UP, role=Role.REPLICA)
+        good = ProbeResult(verdict=Verdict.OK, lsn=9, timeline=2, system_identifier=-1, asked_at=50.0)
+
+        def seen_after(result: ProbeResult) -> Sighting | None:
+            registry.record_probe(0, replace(up, verdict=result.verdict), result)
+            return read_sighting(registry.segment, 0)
+
+        assert read_sighting(registry.segment, 0) is None
+        standing = Standing(Role.REPLICA, 2**64 - 1, 2, 9)
+        assert seen_after(good) == Sighting(50.0, standing)
+        assert seen_after(replace(good, verdict=Verdict.TIMEOUT, lsn=None)) is None
+        assert seen_after(good) == Sighting(50.0, standing)
+        assert seen_after(replace(good, lsn=None)) is None
+        assert seen_after(good) == Sighting(50.0, standing)
+        registry.segment.times[registry.segment.layout.at(ENDPOINTS, 0, "probed_at")] = 0.0  # recording
+        assert read_sighting(registry.segment, 0) is None
     finally:
         close_desk(registry)
 
