@@ -107,6 +107,7 @@ class EndpointReport:
     lag_bytes: int
     since: float | None  # age of the present state
     probed: float | None  # age of the last probe
+    failing: float | None  # age of the first failed probe, of those that failed in a row until now
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,6 +407,7 @@ def _endpoint(view: PoolView, workers: Sequence[WorkerReport], index: int, name:
         lag_bytes=row.get("lag_bytes", 0),
         since=_age(view, row["since"]) if row else None,
         probed=_age(view, row["probed_at"]) if row else None,
+        failing=_age(view, row["failing_since"]) if row and row["failing_since"] else None,
     )
 
 
@@ -587,6 +589,7 @@ _MISCONFIGURED: Final = (Verdict.MISCONFIGURED, Verdict.ROLE_CONFLICT, Verdict.F
 
 def _endpoint_findings(endpoint: EndpointReport) -> Iterator[Finding]:
     since = f" for {duration(endpoint.since)}" if endpoint.since is not None else ""
+    failing = f" for {duration(endpoint.failing)}" if endpoint.failing is not None else ""
     verdict = endpoint.verdict.name.lower().replace("_", " ")
     subject = f"endpoint {endpoint.name}"
     if endpoint.health is Health.DOWN:
@@ -613,15 +616,15 @@ def _endpoint_findings(endpoint: EndpointReport) -> Iterator[Finding]:
         yield Finding(
             Level.DEGRADED,
             "endpoint-probe-failing",
-            f"{subject} is UP but its last probe failed ({verdict})",
-            "it goes DOWN after more of them, unless workers use it with success",
-            "see the coordinator's log and the server's",
+            f"{subject} is UP but its probes fail{failing} ({verdict})",
+            "it goes DOWN after `fall` of them, unless workers use it with success: then it is the coordinator's way",
+            "see the coordinator's log and the server's, and try its conninfo from this host",
         )
     if endpoint.verdict is Verdict.MISCONFIGURED:
         yield Finding(
             Level.DEGRADED,
             "endpoint-misconfigured",
-            f"{subject} refuses the coordinator's credentials, database or certificate",
+            f"{subject} refuses the coordinator's credentials, database or certificate{failing}",
             "its health cannot be told; it is not taken out for that",
             "see the coordinator's log, correct conninfo or credentials",
         )

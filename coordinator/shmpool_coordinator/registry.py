@@ -471,7 +471,8 @@ class Registry:
             weight=old.weight if weight is None else weight,
             admin_config=old.admin_config if admin_config is None else admin_config,
         )
-        is_changed = (old.health, old.role, old.admin) != (new.health, new.role, new.admin)
+        had_conflict, has_conflict = (s.verdict is Verdict.ROLE_CONFLICT for s in (old, new))
+        is_changed = (old.health, old.role, old.admin, had_conflict) != (new.health, new.role, new.admin, has_conflict)
         if is_changed or is_moved or old.epoch == 0:
             epoch = (old.epoch + 1) & 0xFFFFFFFF or 1
             new = new._replace(epoch=epoch)
@@ -494,8 +495,11 @@ class Registry:
         times[place("probed_at")] = monotonic()
         words[place("good")], words[place("bad")] = health.good, health.bad
         words[place("probes")] += 1
-        if result.verdict not in (Verdict.OK, Verdict.FULL):
+        if result.verdict in (Verdict.OK, Verdict.FULL):
+            times[place("failing_since")] = 0.0
+        else:
             words[place("failures")] += 1
+            times[place("failing_since")] = times[place("failing_since")] or monotonic()
         if result.latency_s is not None:
             times[place("latency")] = result.latency_s
         started = None if result.started_at is None else int(result.started_at * _MICROSECONDS)
@@ -513,6 +517,10 @@ class Registry:
             is_moved = self._addresses.get(index, result.address) != result.address
             self._addresses[index] = result.address
         self._set_status(index, is_moved=is_moved, health=health.health, role=health.role, verdict=verdict)
+
+    def record_verdict(self, index: int, verdict: Verdict) -> None:
+        """Store what follows for an endpoint from a probe of another one."""
+        self._set_status(index, verdict=verdict)
 
     def record_lag(self, index: int, lag_bytes: int | None, lag_s: float | None) -> None:
         """Store how far a replica is behind; None: unknown."""
