@@ -23,6 +23,7 @@ import psycopg2
 import pytest
 
 from shmpool import NoEligibleEndpoint
+from shmpool.control_client import tell
 from shmpool.layout import ENDPOINTS
 from shmpool.names import Names
 from shmpool.observation import observe
@@ -381,6 +382,24 @@ def test_coordinator_killed_while_an_endpoint_is_down(victim: Server, pool_name:
     print(f"\ncoordinator killed, endpoint back: served {served_s:.3f} s later (stale_after {stale_s:g} s)")
 
 
+def test_roles_without_a_coordinator(cluster: Cluster, pool_name: str) -> None:
+    """Once nobody tells roles, each is checked on the open connection: no write goes to a standby."""
+    ports = {"pg1": cluster.standbys[0].port, "pg2": cluster.primary.port}
+    with (
+        coordinating(pool_name, ports, WRITE, extra='stale_after = "200ms"') as coordinator,
+        pool_of(pool_name) as pool,
+    ):
+        coordinator.kill()
+        died = time.monotonic()
+        wait_until(lambda: time.monotonic() - died > 0.3)
+        conns = [pool.checkout("write") for _ in range(6)]
+        assert {one_value(conn, "SELECT inet_server_port()") for conn in conns} == {cluster.primary.port}
+        assert pool.statistics()["write"]["opens"] > 6, "the standby was tried as well"
+        for conn in conns:
+            conn.close()
+        coordinator.start()
+
+
 USES = """
 import sys, time
 from shmpool import Pool
@@ -462,6 +481,21 @@ def test_probes_do_not_grow_with_workers(victim: Server, relay: Relay, pool_name
             wait_until(lambda: is_whole(pool_name), within=10)
     print(f"\nprobes a second: {rates[1]:.1f} with 1 worker, {rates[64]:.1f} with 64 (inter {INTER_S:g} s)")
     assert max(rates.values()) < 1.25 / INTER_S
+
+
+def test_evidence_is_coalesced(victim: Server, pool_name: str) -> None:
+    """Much evidence costs one extra probe in 100 ms at most, and does not put off what later evidence asks for."""
+    probe = '[probe]\ninter = "30s"\nfastinter = "30s"'
+    with coordinating(pool_name, {"pg1": victim.port}, ANY, probe) as coordinator:
+        before, began = probes_of(coordinator), time.monotonic()
+        for _ in range(50):
+            tell(Names.of(pool_name), "evidence", 1.0, endpoint=0)
+        wait_until(lambda: probes_of(coordinator) > before)
+        wait_until(lambda: time.monotonic() - began > 0.3)
+        made = probes_of(coordinator) - before
+        assert 1 <= made <= 2 + (time.monotonic() - began) / 0.1
+        tell(Names.of(pool_name), "evidence", 1.0, endpoint=0)
+        seconds_until(lambda: probes_of(coordinator) > before + made, 0.1, coordinator)
 
 
 FINDS_OUT = """
