@@ -436,9 +436,7 @@ def test_isolated_coordinator(victim: Server, relay: Relay, pool_name: str) -> N
             process.wait()
             seconds_until(is_in(pool_name, "pg1", Health.DOWN), SILENT_DOWN_S, coordinator)
         seconds_until(is_in(pool_name, "pg1", Health.UP), UP_S, coordinator)
-    print(
-        f"\nisolated coordinator, connection in use nearly all the time: UP through {lasted:.1f} s of bad probes: {text}"
-    )
+    print(f"\nisolated coordinator, connection nearly always in use: UP through {lasted:.1f} s of bad probes: {text}")
 
 
 CROWD = """
