@@ -466,8 +466,8 @@ def _reset(conn: Connection, recipe: Recipe) -> None:
     conn.autocommit = recipe.autocommit
 
 
-def close_connection(conn: Connection) -> bool:
-    """Close, and wait until the server's end has gone; False: it had not within CLOSE_BOUND_S, or nobody can tell.
+def close_connection(conn: Connection, within: float = CLOSE_BOUND_S) -> bool:
+    """Close, and wait until the server's end has gone; False: it had not `within` seconds, or nobody can tell.
 
     Reads and discards from a duplicate of the descriptor until the end of the stream (over TLS a reset).
     """
@@ -482,18 +482,16 @@ def close_connection(conn: Connection) -> bool:
     try:
         conn.is_cut = True  # if a signal handler raises in here, whoever closes again must not take it for the end
         connection.close(conn)
-        return _wait_for_end(twin)
+        return _wait_for_end(twin, within)
     finally:
         os.close(twin)
 
 
-def _wait_for_end(fd: int) -> bool:
+def _wait_for_end(fd: int, within: float) -> bool:
     poller = select.poll()
     poller.register(fd, select.POLLIN)
-    deadline = monotonic() + CLOSE_BOUND_S
-    while (remaining := deadline - monotonic()) > 0:
-        if not poller.poll(remaining * 1000):
-            continue
+    deadline = monotonic() + within
+    while poller.poll(max(0.0, deadline - monotonic()) * 1000):
         try:
             if not os.read(fd, 8192):
                 return True

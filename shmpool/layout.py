@@ -109,6 +109,7 @@ ENDPOINTS: Final = Table(
         Column("probes", "probes made"),
         Column("failures", "probes that failed"),
         Column("sessions", "server sessions of this pool at the last look"),
+        _time("failing_since", "first of the failed probes in a row; 0: the last one was answered"),
     ),
 )
 

@@ -30,6 +30,7 @@ from shmpool.attachment import Attachment
 from shmpool.chance import chance
 from shmpool.clock import monotonic, slept
 from shmpool.connection import (
+    CLOSE_BOUND_S,
     ConnectFailedError,
     Connection,
     Recipe,
@@ -51,7 +52,7 @@ from shmpool.routing import Candidate, Route, choose, is_fallback_spent, is_role
 from shmpool.semaphores import SLICE_S, ring
 from shmpool.settings import GroupSettings
 from shmpool.slots import EndpointPermits, GroupPermits, Token
-from shmpool.states import Admin, Use
+from shmpool.states import Admin, Health, Use
 from shmpool.words import Status
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ REFUSED_PAUSE_S: Final = 0.05  # between rounds in which every eligible endpoint
 _TURNS: Final = 1 << 16  # more than any cycle of weights
 AVOID_S: Final = 1.0  # how long an endpoint that refused is tried last
 FALLBACK_REST_S: Final = 1.0  # how long a connection that fell back rests while the group may hold no more like it
+DOWN_CLOSE_BOUND_S: Final = 0.02  # at an endpoint that is DOWN, and hardly answers: others wait to be closed as well
 BYPASS_S: Final = 0.5  # a connection used within this window is handed out without a look at its socket
 _PASSING: Final = (
     "starting up",
@@ -343,14 +345,27 @@ class LocalGroup:
         if not table.owns(lease):
             self.disown(lease)
             return
+        if lease.connection.closed or lease.connection.is_cut:
+            self._lost(lease)
         lease.words[lease.use_at] = int(Use.CLOSING) | self.permits.index << 8
         lease.times[lease.since_at] = monotonic()
-        if close_connection(lease.connection):
+        is_down = Status.of(lease.words[lease.status_at]).health is Health.DOWN
+        if close_connection(lease.connection, within=DOWN_CLOSE_BOUND_S if is_down else CLOSE_BOUND_S):
             table.release(lease)
         else:
             table.abandon(lease)
         if lease.group.is_retired or lease.group.attachment.keeps_nothing:
             lease.group.attachment.leave_when_due()
+
+    def _lost(self, lease: Lease) -> None:
+        """Tell the coordinator that a connection broke, and let those that rest beside it be looked at before use."""
+        endpoint = lease.tether.endpoint
+        if endpoint is None:
+            return
+        for other in tuple(lease.idle):
+            if other.tether.endpoint is endpoint:
+                other.since -= BYPASS_S
+        lease.group.attachment.say_evidence(endpoint.index, "connection lost")
 
     def disown(self, lease: Lease) -> None:
         """Forget a connection whose slot is not this process's any more.

@@ -111,6 +111,7 @@ class EndpointReport:
     is_lag_old: bool  # a replica's, as of an earlier moment: its primary is not seen now
     since: float | None  # age of the present state
     probed: float | None  # age of the last probe
+    failing: float | None  # age of the first failed probe, of those that failed in a row until now
 
     @property
     def admin_by(self) -> str:
@@ -419,6 +420,7 @@ def _endpoint(view: PoolView, workers: Sequence[WorkerReport], index: int, name:
         is_lag_old=has_probe and status.role is Role.REPLICA and _is_lag_old(view, index),
         since=_age(view, row["since"]) if row else None,
         probed=_age(view, row["probed_at"]) if row else None,
+        failing=_age(view, row["failing_since"]) if row and row["failing_since"] else None,
     )
 
 
@@ -605,6 +607,7 @@ _MISCONFIGURED: Final = (Verdict.MISCONFIGURED, Verdict.ROLE_CONFLICT, Verdict.F
 
 def _endpoint_findings(endpoint: EndpointReport) -> Iterator[Finding]:
     since = f" for {duration(endpoint.since)}" if endpoint.since is not None else ""
+    failing = f" for {duration(endpoint.failing)}" if endpoint.failing is not None else ""
     verdict = endpoint.verdict.name.lower().replace("_", " ")
     subject = f"endpoint {endpoint.name}"
     if endpoint.health is Health.DOWN:
@@ -631,9 +634,9 @@ def _endpoint_findings(endpoint: EndpointReport) -> Iterator[Finding]:
         yield Finding(
             Level.DEGRADED,
             "endpoint-probe-failing",
-            f"{subject} is UP but its last probe failed ({verdict})",
-            "it goes DOWN after more of them, unless workers use it with success",
-            "see the coordinator's log and the server's",
+            f"{subject} is UP but its probes fail{failing} ({verdict})",
+            "it goes DOWN after `fall` of them, unless workers use it with success: then it is the coordinator's way",
+            "see the coordinator's log and the server's, and try its conninfo from this host",
         )
     if endpoint.is_lag_old and endpoint.lag is not None:
         yield Finding(
@@ -647,7 +650,7 @@ def _endpoint_findings(endpoint: EndpointReport) -> Iterator[Finding]:
         yield Finding(
             Level.DEGRADED,
             "endpoint-misconfigured",
-            f"{subject} refuses the coordinator's credentials, database or certificate",
+            f"{subject} refuses the coordinator's credentials, database or certificate{failing}",
             "its health cannot be told; it is not taken out for that",
             "see the coordinator's log, correct conninfo or credentials",
         )

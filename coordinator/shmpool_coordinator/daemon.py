@@ -52,6 +52,7 @@ BUSY_TICK_S: Final = 0.02  # while somebody waits
 ENDING_TICK_S: Final = 0.005  # while a worker is just ending: its locks and sockets go before it is gone
 CHECK_EVERY_S: Final = 1.0  # names, drained rows, linger
 EVIDENCE_GAP_S: Final = 0.1  # at most one extra probe per endpoint in this time
+EVIDENCE_HOLDS_S: Final = 1.0  # how long a refused probe confirms what workers told
 SETTLE_AT_END_S: Final = 2.0
 DEPART_S: Final = 10.0  # a mule's workers: their requests may take longer, but a mule alone is to be replaced soon
 CLOCK_STEP_S: Final = 0.1
@@ -119,12 +120,14 @@ class Prober:
         self._hand_in = hand_in
         self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self.is_busy = False
+        self.began = float("-inf")  # the last check
         self._thread = threading.Thread(target=self._run, name=repr(probe), daemon=True)
         self._thread.start()
 
     def go(self) -> None:
         """Check once; the caller waits for the result before it asks again."""
         self.is_busy = True
+        self.began = monotonic()
         self._requests.put(True)
 
     def end(self) -> None:
@@ -150,7 +153,9 @@ class Watch:
     prober: Prober
     health: EndpointHealth
     result: ProbeResult | None = None
-    last_evidence: float = -EVIDENCE_GAP_S
+    evidence: float = float("-inf")  # when workers told last that they lost it
+    extra_probe: float = float("-inf")  # the last one that evidence brought forward
+    busy: dict[int, tuple[float, float]] = field(default_factory=dict)  # slots in use at the last bad probe: times
     is_urgent: bool = False
     level_at: float | None = None  # when it was last known to have replayed all that its primary had
     told: tuple[Health, Role, Verdict] = field(default=(Health.UNKNOWN, Role.UNKNOWN, Verdict.NONE))
@@ -416,7 +421,7 @@ class Daemon:
                     self._advance(watch, result)
 
     def _advance(self, watch: Watch, result: ProbeResult) -> None:
-        now = monotonic()
+        now, began = monotonic(), watch.prober.began
         could_fall = watch.health.health is Health.UP and health.SIGN_OF_VERDICT[result.verdict] is health.Sign.BAD
         watch.health = health.advance(
             watch.health,
@@ -425,9 +430,15 @@ class Daemon:
             now,
             jitter=random.uniform(-JITTER, JITTER),
             is_used=could_fall and self._is_used(watch),
+            is_reported=now - watch.evidence <= EVIDENCE_HOLDS_S,
             is_urgent=watch.is_urgent,
         )
         watch.is_urgent = False
+        if watch.extra_probe > began:  # evidence that came while this probe was on its way
+            watch.health = health.hasten(watch.health, watch.extra_probe)
+        if result.verdict is Verdict.LOST and watch.health.bad == 1:
+            watch.health = health.hasten(watch.health, now)  # the kept connection: a new one tells more
+        epochs = self._epochs()
         watch.result = result
         if result.verdict is Verdict.MISCONFIGURED and self._origin.passwords is not None:
             self._origin.passwords.refused(watch.settings.name)
@@ -437,25 +448,43 @@ class Daemon:
             if other is not watch:
                 self.registry.judge(other.settings.index, other.health)
             self._tell(other)
+        if self._epochs() != epochs:
+            self.control.send_workers("endpoint")  # to close what rests there
         if self.registry.has_vacant_role():
             soon = now + self.registry.config.probe.fastinter
             for other in self._watches.values():
                 other.health = health.hasten(other.health, soon)
 
+    def _epochs(self) -> dict[int, int]:
+        return {index: self.registry.status(index).epoch for index in self._watches}
+
     def _is_used(self, watch: Watch) -> bool:
-        """Whether a worker checked a connection of the endpoint out and in since its last probe."""
-        index, shape, segment = watch.settings.index, self.segment.layout, self.segment
+        """Whether a worker used the endpoint with success since its last probe, and since any evidence against it.
+
+        A connection that rests was given back after its last checkout.  One that was in use at the last bad probe
+        was given back since then if it rests now, or was checked out anew.
+        """
         last_probe = watch.health.last_probe
         if last_probe is None:
             return False
-        idle = self.arbiter.slots_in(Use.IDLE)
-        words = self.permits.slot_words() if idle else []
-        for slot in idle:
-            if field_of(words[slot], Kind.ENDPOINT, index) == YES:
-                since = segment.times[shape.at(SLOTS, slot, "since")]
-                if since > last_probe:
-                    return True
-        return False
+        before = watch.busy if last_probe > watch.evidence else {}
+        watch.busy = self._checkouts(watch, Use.ACTIVE)
+        resting = self._checkouts(watch, Use.IDLE)
+        return any(since > max(last_probe, watch.evidence) for _, since in resting.values()) or any(
+            slot in before and before[slot][0] == opened and (slot in resting or before[slot][1] != since)
+            for slot, (opened, since) in (resting | watch.busy).items()
+        )
+
+    def _checkouts(self, watch: Watch, use: Use) -> dict[int, tuple[float, float]]:
+        """Return by slot when each of the endpoint's connections in this use was claimed and checked out last."""
+        slots = self.arbiter.slots_in(use)
+        words, times = self.permits.slot_words() if slots else [], self.segment.times
+        places = {slot: self.segment.layout.at(SLOTS, slot) for slot in slots}
+        return {
+            slot: (times[at + SLOTS.column("opened_at")], times[at + SLOTS.column("since")])
+            for slot, at in places.items()
+            if field_of(words[slot], Kind.ENDPOINT, watch.settings.index) == YES
+        }
 
     def _record_lag(self, watch: Watch, now: float) -> None:
         """Store how far a replica that just answered is behind; a primary is not."""
@@ -543,10 +572,11 @@ class Daemon:
         watch = self._watches.get(index)
         if watch is None:
             raise RequestError(f"endpoint {index} is not configured")
-        at = max(monotonic(), watch.last_evidence + EVIDENCE_GAP_S)
-        watch.last_evidence = at
+        watch.evidence = monotonic()
+        if watch.extra_probe <= watch.evidence:  # else one is due that nobody needs twice
+            watch.extra_probe = max(watch.evidence, watch.extra_probe + EVIDENCE_GAP_S)
         watch.is_urgent = True
-        watch.health = health.hasten(watch.health, at)
+        watch.health = health.hasten(watch.health, watch.extra_probe)
 
     def _info(self, _peer: Peer, _message: Message) -> Reply:
         return Reply(

@@ -9,7 +9,8 @@ Guarantees.
 - Rise and fall rule health only; a role acts on the first probe that shows it, and stays when a
   probe shows none.
 - No endpoint becomes UP without an answer from its server, nor DOWN but by `fall` bad probes in a
-  row or by a server that says itself that it does not take connections.
+  row, by one that is refused just after workers lost it, or by a server that says itself that it
+  does not take connections.
 - FULL and MISCONFIGURED never count for fall: a server that refuses one client is alive.
 Assumptions.
 - `now` never goes back (monotonic seconds), and results are passed in the order of their probes.
@@ -146,6 +147,7 @@ def advance(
     *,
     jitter: float = 0.0,
     is_used: bool = False,
+    is_reported: bool = False,
     is_urgent: bool = False,
 ) -> EndpointHealth:
     """Return the state after one probe.
@@ -158,6 +160,8 @@ def advance(
         jitter: a random part of the interval to add, -0.1..0.1.
         is_used: workers used the endpoint with success since its last probe; bad probes alone do
             not take it out.
+        is_reported: workers lost the endpoint a moment ago; a refused probe confirms it and is not
+            counted.
         is_urgent: a role is vacant or evidence came in: the next probe follows after `fastinter`.
 
     Raises:
@@ -168,7 +172,8 @@ def advance(
     sign = SIGN_OF_VERDICT[result.verdict]
     good = state.good + 1 if sign is Sign.GOOD else 0
     bad = state.bad + 1 if sign is Sign.BAD else 0
-    health = _moved(state.health, sign, good, bad, settings, is_used=is_used)
+    counted = settings.fall if is_reported and result.verdict is Verdict.REFUSED else bad
+    health = _moved(state.health, sign, good, counted, settings, is_used=is_used)
     moved = health != state.health
     changed = replace(
         state,

@@ -487,11 +487,11 @@ class Registry:
             admin_config=old.admin_config if admin_config is None else admin_config,
             admin_operator=old.admin_operator if admin_operator is None else admin_operator,
         )
-        is_changed = (old.health, old.role, old.admin) != (new.health, new.role, new.admin)
-        is_conflict_changed = (old.verdict is Verdict.ROLE_CONFLICT) != (new.verdict is Verdict.ROLE_CONFLICT)
+        had_conflict, has_conflict = (s.verdict is Verdict.ROLE_CONFLICT for s in (old, new))
+        is_changed = (old.health, old.role, old.admin, had_conflict) != (new.health, new.role, new.admin, has_conflict)
         if old.epoch == 0:
             self.record_lag(index, Lag(None, None))
-        if is_changed or is_conflict_changed or is_moved or old.epoch == 0:
+        if is_changed or is_moved or old.epoch == 0:
             epoch = (old.epoch + 1) & 0xFFFFFFFF or 1
             new = new._replace(epoch=epoch)
             self.segment.times[at + ENDPOINTS.column("since")] = monotonic()
@@ -509,8 +509,11 @@ class Registry:
         times[place("probed_at")] = 0.0  # whoever reads meanwhile does not take the old for the new
         words[place("good")], words[place("bad")] = health.good, health.bad
         words[place("probes")] += 1
-        if result.verdict not in (Verdict.OK, Verdict.FULL):
+        if result.verdict in (Verdict.OK, Verdict.FULL):
+            times[place("failing_since")] = 0.0
+        else:
             words[place("failures")] += 1
+            times[place("failing_since")] = times[place("failing_since")] or monotonic()
         if result.latency_s is not None:
             times[place("latency")] = result.latency_s
         started = None if result.started_at is None else int(result.started_at * _MICROSECONDS)

@@ -129,6 +129,14 @@ def test_used_endpoint_stays() -> None:
     assert after(UP, Verdict.STARTING, is_used=True).health == Health.DOWN
 
 
+def test_refusal_confirms_what_workers_told() -> None:
+    """After evidence one refused probe is enough; any other failure is counted, and success of workers still holds."""
+    for verdict, expected in ((Verdict.REFUSED, Health.DOWN), (Verdict.LOST, Health.UP), (Verdict.TIMEOUT, Health.UP)):
+        result = ProbeResult(verdict=verdict)
+        assert advance(UP, result, SETTINGS, NOW, is_reported=True).health is expected
+        assert advance(UP, result, SETTINGS, NOW, is_reported=True, is_used=True).health is Health.UP
+
+
 def test_pauses() -> None:
     """Steady, changing and down endpoints each have their interval."""
     assert pause(UP) == SETTINGS.inter

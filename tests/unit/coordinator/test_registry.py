@@ -194,8 +194,27 @@ def test_position_is_that_of_the_last_probe(pool_name: str) -> None:
         close_desk(registry)
 
 
+def test_failing_probes_tell_since_when(pool_name: str) -> None:
+    """The first failed probe of a row is remembered until one is answered, whatever the failures were."""
+    registry = open_desk(config_of(pool_name))
+    try:
+        at = registry.segment.layout.at(ENDPOINTS, 0, "failing_since")
+
+        def since_after(verdict: Verdict) -> float:
+            registry.record_probe(0, EndpointHealth(health=Health.UP, verdict=verdict), ProbeResult(verdict=verdict))
+            return float(registry.segment.times[at])
+
+        assert since_after(Verdict.OK) == 0
+        first = since_after(Verdict.TIMEOUT)
+        assert first > 0
+        assert since_after(Verdict.MISCONFIGURED) == first
+        assert since_after(Verdict.FULL) == 0
+    finally:
+        close_desk(registry)
+
+
 def test_epoch_grows_with_what_workers_must_know(pool_name: str) -> None:
-    """Health, role and address change the epoch; a verdict or a weight does not."""
+    """Health, role, address and a conflict of roles change the epoch; any other verdict or a weight does not."""
     registry = open_desk(config_of(pool_name))
     try:
         up = EndpointHealth(health=Health.UP, role=Role.PRIMARY)
@@ -211,7 +230,9 @@ def test_epoch_grows_with_what_workers_must_know(pool_name: str) -> None:
         assert epoch_after(up, good, Verdict.OK) == 2
         assert epoch_after(up, good, Verdict.FULL) == 2
         assert epoch_after(up, replace(good, address="10.0.0.2"), Verdict.OK) == 3
-        assert epoch_after(replace(up, role=Role.REPLICA), good, Verdict.OK) == 4
+        assert epoch_after(up, good, Verdict.ROLE_CONFLICT) == 4
+        assert epoch_after(up, good, Verdict.OK) == 5
+        assert epoch_after(replace(up, role=Role.REPLICA), good, Verdict.OK) == 6
         assert registry.status(0).role is Role.REPLICA
     finally:
         close_desk(registry)
