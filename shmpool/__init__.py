@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shmpool.pool_errors import PoolClosed as PoolClosed
     from shmpool.pool_errors import PoolError as PoolError
     from shmpool.pool_errors import PoolTimeout as PoolTimeout
+    from shmpool.pool_errors import QueryTimeout as QueryTimeout
     from shmpool.pool_errors import UnknownGroup as UnknownGroup
     from shmpool.pool_errors import WouldBlockEventLoop as WouldBlockEventLoop
 
@@ -33,6 +34,7 @@ _HOMES: Final = {
     "PoolClosed": "shmpool.pool_errors",
     "PoolError": "shmpool.pool_errors",
     "PoolTimeout": "shmpool.pool_errors",
+    "QueryTimeout": "shmpool.pool_errors",
     "UnknownGroup": "shmpool.pool_errors",
     "WouldBlockEventLoop": "shmpool.pool_errors",
 }

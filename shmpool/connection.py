@@ -59,6 +59,7 @@ class Connection(connection):
     opened_encoding: str
     opened_at: float  # CLOCK_MONOTONIC
     is_cut: bool  # this side shut the socket down: the end of the stream says nothing about the server's end
+    own_cursor: type[cursor] = cursor  # for what the pool itself asks
 
     def __init__(self, dsn: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(dsn, *args, **kwargs)
@@ -79,6 +80,9 @@ class Connection(connection):
     def close(self) -> None:
         """Refuse: the slot's permits must go back too.  Close the handle that checkout returned."""
         raise InterfaceError("this connection belongs to a pool; close the handle that checkout() returned")
+
+    def let_go(self) -> None:
+        """Take note that the pool is about to close it."""
 
     def set_session(self, *args: Any, **kwargs: Any) -> None:
         """As psycopg2's; undone at checkin."""
@@ -300,7 +304,7 @@ def answers(conn: Connection, seconds: float) -> bool:
     timer = threading.Timer(seconds, cut)
     timer.start()
     try:
-        with cursor(conn) as cur:
+        with conn.own_cursor(conn) as cur:
             cur.execute("select 1")
         if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
             conn.rollback()
@@ -333,7 +337,7 @@ def restore(conn: Connection, recipe: Recipe) -> bool:
     transaction status decides.  Unknown state, COPY, an asynchronous or unread result and two-phase
     transactions are beyond repair.
     """
-    if conn.closed or conn.status == STATUS_PREPARED or not close_cursors(conn):
+    if conn.closed or conn.is_cut or conn.status == STATUS_PREPARED or not close_cursors(conn):
         return False
     status = conn.get_transaction_status()
     if status in (TRANSACTION_STATUS_UNKNOWN, TRANSACTION_STATUS_ACTIVE) or conn.isexecuting():
@@ -375,7 +379,7 @@ def close_cursors(conn: Connection) -> bool:
 def _roll_back(conn: Connection) -> None:
     conn.rollback()
     if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:  # a raw BEGIN that psycopg2 does not know of
-        with cursor(conn) as cur:
+        with conn.own_cursor(conn) as cur:
             cur.execute("rollback")
 
 
@@ -392,7 +396,7 @@ def _put_session_back(conn: Connection, recipe: Recipe) -> None:
 def _reset(conn: Connection, recipe: Recipe) -> None:
     """Remove what SQL left in the session; psycopg2 needs its ISO dates afterwards."""
     conn.autocommit = True
-    with cursor(conn) as cur:
+    with conn.own_cursor(conn) as cur:
         cur.execute(_RESETS[recipe.group.reset])
         if not (conn.get_parameter_status("DateStyle") or "").startswith("ISO"):
             cur.execute("set datestyle to iso")
@@ -404,6 +408,7 @@ def close_connection(conn: Connection) -> bool:
 
     Reads and discards from a duplicate of the descriptor until the end of the stream (over TLS a reset).
     """
+    conn.let_go()
     if conn.closed or conn.is_cut:
         connection.close(conn)
         return not conn.is_cut  # else psycopg2 saw the end of the stream
