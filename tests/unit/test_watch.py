@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from shmpool import watch as module
 from shmpool.clock import monotonic
 from shmpool.watch import Watch
 from tests.support.waiting import wait_until
@@ -85,6 +86,26 @@ def test_what_is_asked_anew_or_does_not_wait_is_left_alone(watch: Watch) -> None
     assert (quick.told, slow.told) == (0, 0)
     slow.is_waiting = True
     wait_until(lambda: slow.told)
+
+
+def test_process_that_stood_still_first_reads_what_came_meanwhile(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Woken far too late, it gives the other threads a moment, and cuts what still waits then."""
+    stood_still = [0.0]
+    monkeypatch.setattr(module, "monotonic", lambda: monotonic() + stood_still[0])
+    monkeypatch.setattr(module, "GRACE_S", 0.4)
+    answered, stuck = Line(), Line()
+    for line in (answered, stuck):
+        line.ask()
+        watch.add(line)
+    began = monotonic()
+    wait_until(lambda: monotonic() > began + SECONDS / 2)
+    stood_still[0] = 60.0
+    wait_until(lambda: monotonic() > began + SECONDS + 0.1)
+    answered.is_waiting = False
+    wait_until(lambda: stuck.told)
+    assert answered.told == 0
 
 
 def test_thread_runs_only_while_something_is_watched(watch: Watch) -> None:
