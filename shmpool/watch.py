@@ -93,7 +93,7 @@ class Watch:
                         return
                     again, cut = self._look(monotonic())
                     if not cut:
-                        self._changed.wait(max(0.0, again - monotonic()))
+                        self._changed.wait(min(max(0.0, again - monotonic()), threading.TIMEOUT_MAX))
                     is_late = not cut and monotonic() - again > LATE_S
                 for watched in cut:
                     watched.tell_cut()  # may block: logging

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -134,17 +135,44 @@ def test_thread_that_failed_is_started_again(watch: Watch, monkeypatch: pytest.M
     wait_until(lambda: line.told)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_fork_pauses_the_thread_and_leaves_the_child_nothing() -> None:
-    """The parent watches on after a fork; the child neither has the thread nor watches the parent's."""
-    from shmpool.watch import watch
+def fork_without_handlers() -> int:
+    """Fork as a C program does: no at-fork handler of Python runs."""
+    return int(ctypes.PyDLL(None).fork())
 
+
+@pytest.fixture
+def shared_line() -> Iterator[Line]:
+    """A line that this process watches, and that is not due for long."""
     line = Line()
     line.query_timeout = 60
-    watch().add(line)
-    try:
-        assert in_child(lambda: [is_watching(), len(watch()._watched)], fork=os.fork) == [False, 0]
-        assert is_watching()
-    finally:
-        watch().forget(line)
+    module.watch().add(line)
+    yield line
+    module.watch().forget(line)
     wait_until(lambda: not is_watching())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # 3.12 and newer: fork beside threads
+@pytest.mark.parametrize("fork", [os.fork, fork_without_handlers])
+def test_child_does_not_watch_what_its_parent_does(shared_line: Line, fork: Callable[[], int]) -> None:
+    """Whether at-fork handlers run or not: nothing of the parent's is watched in the child, and the parent goes on."""
+    assert in_child(lambda: shared_line in module.watch()._watched, fork) is False
+    shared_line.query_timeout = SECONDS
+    shared_line.ask()
+    module.watch().start()
+    wait_until(lambda: shared_line.told)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # 3.12 and newer: fork beside threads
+@pytest.mark.usefixtures("shared_line")
+def test_child_watches_its_own() -> None:
+    """A child has a thread for what it opens itself."""
+
+    def in_the_child() -> int:
+        own = Line()
+        own.ask()
+        module.watch().add(own)
+        wait_until(lambda: own.told)
+        return own.told
+
+    assert in_child(in_the_child) == 1
+    assert is_watching()
