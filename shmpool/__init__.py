@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from shmpool.pool_errors import PoolError as PoolError
     from shmpool.pool_errors import PoolTimeout as PoolTimeout
     from shmpool.pool_errors import PositionNotReached as PositionNotReached
+    from shmpool.pool_errors import QueryTimeout as QueryTimeout
     from shmpool.pool_errors import UnknownGroup as UnknownGroup
     from shmpool.pool_errors import WouldBlockEventLoop as WouldBlockEventLoop
     from shmpool.position import CommitPosition as CommitPosition
@@ -37,6 +38,7 @@ _HOMES: Final = {
     "PoolError": "shmpool.pool_errors",
     "PoolTimeout": "shmpool.pool_errors",
     "PositionNotReached": "shmpool.pool_errors",
+    "QueryTimeout": "shmpool.pool_errors",
     "UnknownGroup": "shmpool.pool_errors",
     "WouldBlockEventLoop": "shmpool.pool_errors",
 }

@@ -74,6 +74,11 @@ def be_without_threads() -> None:
     _has_threads = False
 
 
+def has_threads() -> bool:
+    """Whether threads of this package run in this process."""
+    return _has_threads
+
+
 def pass_through() -> None:
     """Keep nothing between checkin and checkout, neither connection nor row; children are not meant.
 

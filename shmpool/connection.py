@@ -76,6 +76,7 @@ class Connection(connection):
     opened_at: float  # CLOCK_MONOTONIC
     is_cut: bool  # this side shut the socket down: the end of the stream says nothing about the server's end
     seen: Standing | None = None  # where its server stood when it was asked last; it has not gone back since
+    own_cursor: type[cursor] = cursor  # for what the pool itself asks
 
     def __init__(self, dsn: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(dsn, *args, **kwargs)
@@ -105,6 +106,9 @@ class Connection(connection):
         if standing.role is not Role.PRIMARY:
             raise ProgrammingError("commit_position(): this connection leads to a replica, which commits nothing")
         return CommitPosition(standing.system_identifier, standing.timeline, standing.lsn)
+
+    def let_go(self) -> None:
+        """Take note that the pool is about to close it."""
 
     def set_session(self, *args: Any, **kwargs: Any) -> None:
         """As psycopg2's; undone at checkin."""
@@ -316,7 +320,7 @@ def answers(conn: Connection, seconds: float) -> bool:
     """Whether an idle connection answers a query within `seconds`: one real round trip."""
     try:
         with _cut_after(conn, seconds):
-            with cursor(conn) as cur:
+            with conn.own_cursor(conn) as cur:
                 cur.execute("select 1")
             if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
                 conn.rollback()
@@ -338,14 +342,14 @@ def asked_standing(conn: Connection, seconds: float) -> Standing | None:
     return None if conn.closed or conn.is_cut else conn.seen
 
 
-def read_standing(conn: connection) -> Standing:
+def read_standing(conn: Connection) -> Standing:
     """Return where a server stands: one round trip, outside a transaction.
 
     Raises:
         psycopg2.Error: the server was lost, or does not tell.
     """
     try:
-        with cursor(conn) as cur:
+        with conn.own_cursor(conn) as cur:
             cur.execute(_STANDING)
             row = cur.fetchone()
     finally:
@@ -400,7 +404,7 @@ def restore(conn: Connection, recipe: Recipe) -> bool:
     transaction status decides.  Unknown state, COPY, an asynchronous or unread result and two-phase
     transactions are beyond repair.
     """
-    if conn.closed or conn.status == STATUS_PREPARED or not close_cursors(conn):
+    if conn.closed or conn.is_cut or conn.status == STATUS_PREPARED or not close_cursors(conn):
         return False
     status = conn.get_transaction_status()
     if status in (TRANSACTION_STATUS_UNKNOWN, TRANSACTION_STATUS_ACTIVE) or conn.isexecuting():
@@ -442,7 +446,7 @@ def close_cursors(conn: Connection) -> bool:
 def _roll_back(conn: Connection) -> None:
     conn.rollback()
     if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:  # a raw BEGIN that psycopg2 does not know of
-        with cursor(conn) as cur:
+        with conn.own_cursor(conn) as cur:
             cur.execute("rollback")
 
 
@@ -459,7 +463,7 @@ def _put_session_back(conn: Connection, recipe: Recipe) -> None:
 def _reset(conn: Connection, recipe: Recipe) -> None:
     """Remove what SQL left in the session; psycopg2 needs its ISO dates afterwards."""
     conn.autocommit = True
-    with cursor(conn) as cur:
+    with conn.own_cursor(conn) as cur:
         cur.execute(_RESETS[recipe.group.reset])
         if not (conn.get_parameter_status("DateStyle") or "").startswith("ISO"):
             cur.execute("set datestyle to iso")
@@ -471,6 +475,7 @@ def close_connection(conn: Connection, within: float = CLOSE_BOUND_S) -> bool:
 
     Reads and discards from a duplicate of the descriptor until the end of the stream (over TLS a reset).
     """
+    conn.let_go()
     if conn.closed or conn.is_cut:
         connection.close(conn)
         return not conn.is_cut  # else psycopg2 saw the end of the stream

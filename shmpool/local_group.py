@@ -27,6 +27,7 @@ from psycopg2.extensions import cursor
 
 from shmpool import slots
 from shmpool.attachment import Attachment
+from shmpool.bounded import BoundedConnection
 from shmpool.chance import chance
 from shmpool.clock import monotonic, slept
 from shmpool.connection import (
@@ -658,6 +659,7 @@ class LocalGroup:
         self._count(token, slots.OPENS, 1)
         self.table.times[token.detail_at + slots.OPEN_TOTAL] += monotonic() - began
         try:
+            self._bound(conn, endpoint.index)
             prepare(conn, recipe)
             role = role_of(conn)
         except BaseException:
@@ -693,6 +695,22 @@ class LocalGroup:
             if used is not None and not may_be_cured(str(error), used, now):
                 raise
             return open_connection(recipe, name, now)
+
+    def _bound(self, conn: Connection, endpoint: int) -> None:
+        """Have the time of a connection's queries watched, where the group wants that."""
+        seconds = self.settings.query_timeout
+        if seconds is not None and isinstance(conn, BoundedConnection):
+            conn.watch(seconds, lambda told: self._tell_cut(endpoint, told))
+
+    def _tell_cut(self, endpoint: int, told: str) -> None:
+        """Log that a query was cut off, and let the coordinator look at the server."""
+        import logging  # cold, and an application has it anyway
+
+        self.attachment.say_evidence(endpoint, told)
+        name = self.recipes[endpoint].endpoint.name if endpoint in self.recipes else str(endpoint)
+        logging.getLogger("shmpool").warning(
+            "pool %s: group %s, endpoint %s: %s", self.pool.name, self.settings.name, name, told
+        )
 
     def _fill_in(self, token: Lease, conn: Connection, recipe: Recipe) -> None:
         """Make a claimed token a lease: from here on a dropped reference leads to close and release."""

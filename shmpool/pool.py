@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from psycopg2.extensions import STATUS_READY, cursor
 
-from shmpool.attachment import Attachment, is_coordinated, is_server_starting, join
+from shmpool.attachment import Attachment, has_threads, is_coordinated, is_server_starting, join
+from shmpool.bounded import bounded
 from shmpool.clock import monotonic
 from shmpool.connection import Connection, are_spent, make_recipe, restore
 from shmpool.credentials import Lookup
@@ -40,7 +41,7 @@ from shmpool.local_group import BYPASS_S, Lease, LocalGroup, tidy
 from shmpool.names import Names
 from shmpool.pool_errors import ConfigurationDiffers, CoordinatorNotRunning, PoolClosed, PoolError, UnknownGroup
 from shmpool.position import CommitPosition
-from shmpool.settings import GIVEN
+from shmpool.settings import GIVEN, GroupSettings
 
 if TYPE_CHECKING:
     from shmpool.document import Document
@@ -424,10 +425,9 @@ class _State:
         attachment = self.attachment
         groups: dict[str, LocalGroup] = {}
         for name, (settings, permits) in attachment.groups.items():
+            factory = _factory_of(pool, settings)
             recipes = {
-                endpoint.index: make_recipe(
-                    endpoint, settings, pool.connection_factory, pool.cursor_factory, pool.on_connect
-                )
+                endpoint.index: make_recipe(endpoint, settings, factory, pool.cursor_factory, pool.on_connect)
                 for endpoint in attachment.settings.endpoints
             }
             known = self.groups.get(name)
@@ -510,6 +510,24 @@ def how_to_start(pool: str, reason: object) -> str:
     )
 
 
+def _factory_of(pool: Pool, group: GroupSettings) -> type[Connection]:
+    """Return the class of a group's connections: the pool's, or one over it that bounds its queries in time."""
+    if group.query_timeout is None:
+        return pool.connection_factory
+    if has_threads():
+        return bounded(pool.connection_factory)
+    if (pool.name, group.name) not in _unbounded:
+        _unbounded.add((pool.name, group.name))
+        import logging  # cold, and an application has it anyway
+
+        logging.getLogger("shmpool").warning(
+            "pool %s: group %s: query_timeout has no effect in a process without threads (uWSGI: enable-threads)",
+            pool.name,
+            group.name,
+        )
+    return pool.connection_factory
+
+
 def _document(
     name: str | None, config: Mapping[str, Any] | None, passwords: Mapping[str, str] | None
 ) -> Document | None:
@@ -531,6 +549,7 @@ def _document(
 
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+_unbounded: set[tuple[str, str]] = set()  # pools and groups that were told that they have no query_timeout
 
 
 @atexit.register

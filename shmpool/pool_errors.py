@@ -35,6 +35,19 @@ class NoEligibleEndpoint(PoolError):  # noqa: N818  says what is missing
         super().__init__(f"group {group!r} (target {target}): no eligible endpoint: {told}")
 
 
+class QueryTimeout(PoolError):  # noqa: N818  beside PoolTimeout
+    """The server did not answer in the group's `query_timeout`: the connection was cut.
+
+    Whether the server carried out what it was asked, a COMMIT too, is unknown.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(
+            f"no answer within query_timeout, {seconds:g} s: the connection was cut; "
+            "whether the server carried out what it was asked is unknown"
+        )
+
+
 class UnknownGroup(PoolError):  # noqa: N818
     """The configuration has no group of this name."""
 

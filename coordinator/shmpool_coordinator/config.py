@@ -286,7 +286,6 @@ NOT_IN_EFFECT: Final = (
     "leak_after",
     "max_waiting",
     "per_worker_min",
-    "query_timeout",
 )
 
 

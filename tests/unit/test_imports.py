@@ -12,7 +12,7 @@ import pytest
 import shmpool
 
 PACKAGE = Path(shmpool.__file__).parent
-DRIVER_USERS = {"connection", "credentials", "freshness", "handle", "local_group", "pool", "pool_errors"} | {
+DRIVER_USERS = {"bounded", "connection", "credentials", "freshness", "handle", "local_group", "pool", "pool_errors"} | {
     "kept_cursor",
     "session",
     "shared",
