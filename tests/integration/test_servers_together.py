@@ -17,9 +17,9 @@ from shmpool.observation import observe
 from shmpool.states import ServerKind
 from shmpool.status import RowState
 from tests.support.coordinator import endpoint_keys, pool_config
+from tests.support.gunicorn import guest_book
 from tests.support.serving import EXTRA, WebServer, running
 from tests.support.uwsgi import UWSGI, requires_uwsgi
-from tests.support.waiting import wait_until
 from tools.pg_cluster import Cluster
 from tools.stage import EXAMPLE
 
@@ -50,10 +50,8 @@ pytestmark = requires_uwsgi
 @pytest.fixture
 def tables(cluster: Cluster) -> Iterator[Cluster]:
     """A primary and a standby with the guest book's table."""
-    cluster.primary.execute((EXAMPLE / "schema.sql").read_text())
-    wait_until(lambda: cluster.standbys[0].execute("SELECT to_regclass('entries') IS NOT NULL") == [(True,)])
-    yield cluster
-    cluster.primary.execute("DROP TABLE entries")
+    with guest_book(cluster):
+        yield cluster
 
 
 class Load:

@@ -271,6 +271,17 @@ class Sampler:
 
 
 @contextmanager
+def guest_book(cluster: Cluster) -> Iterator[None]:
+    """The example's table on a primary and its standby; dropped afterwards."""
+    cluster.primary.execute((EXAMPLE / "schema.sql").read_text())
+    wait_until(lambda: cluster.standbys[0].execute("SELECT to_regclass('entries') IS NOT NULL") == [(True,)])
+    try:
+        yield
+    finally:
+        cluster.primary.execute("DROP TABLE entries")
+
+
+@contextmanager
 def running_gunicorn(
     directory: Path, pool: str, config: str, *options: str, hooks: str = HOOKS, app: str = "app:application"
 ) -> Iterator[GunicornServer]:

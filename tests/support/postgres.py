@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -38,3 +39,13 @@ def cluster() -> Iterator[Cluster]:
     require_postgres()
     with Cluster(standbys=1, settings={"max_prepared_transactions": "4"}) as servers:
         yield servers
+
+
+@contextmanager
+def frozen(server: Server) -> Iterator[None]:
+    """Freeze every process of a server; the kernel goes on taking connections for it."""
+    server.pause()
+    try:
+        yield
+    finally:
+        server.resume()

@@ -14,11 +14,10 @@ from shmpool.control_client import request
 from shmpool.rows import start_time
 from shmpool.states import ServerKind
 from shmpool.status import RowState
-from tests.support.gunicorn import Clients, GunicornServer, Sampler, example_config, running_gunicorn
+from tests.support.gunicorn import Clients, GunicornServer, Sampler, example_config, guest_book, running_gunicorn
 from tests.support.waiting import wait_until
 from tests.support.workers import sessions
 from tools.pg_cluster import Cluster
-from tools.stage import EXAMPLE
 
 CAP = 3
 
@@ -26,10 +25,8 @@ CAP = 3
 @pytest.fixture(scope="module")
 def servers(cluster: Cluster) -> Iterator[Cluster]:
     """A primary and a standby with the guest book's table."""
-    cluster.primary.execute((EXAMPLE / "schema.sql").read_text())
-    wait_until(lambda: cluster.standbys[0].execute("SELECT to_regclass('entries') IS NOT NULL") == [(True,)])
-    yield cluster
-    cluster.primary.execute("DROP TABLE entries")
+    with guest_book(cluster):
+        yield cluster
 
 
 @pytest.mark.parametrize("preload", [False, True], ids=["plain", "preload"])

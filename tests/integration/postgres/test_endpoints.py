@@ -31,6 +31,7 @@ from shmpool.states import Health, Role, Verdict
 from shmpool.status import EndpointReport
 from shmpool.words import Status
 from tests.support.coordinator import CoordinatorProcess, endpoint_keys, pool_config, running_coordinator
+from tests.support.postgres import frozen
 from tests.support.relay import Relay
 from tests.support.waiting import wait_until
 from tests.support.workers import is_ready, is_whole, one_value, pool_of, read_line, worker
@@ -168,16 +169,6 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-@contextmanager
-def frozen(server: Server) -> Iterator[None]:
-    """Freeze every process of a server; the kernel goes on taking connections for it."""
-    server.pause()
-    try:
-        yield
-    finally:
-        server.resume()
 
 
 Fault = Callable[[Server, Relay], AbstractContextManager[None]]

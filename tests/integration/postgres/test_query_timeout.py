@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import psycopg2
@@ -25,6 +24,7 @@ from shmpool.names import Names
 from shmpool.observation import observe
 from shmpool.status import GroupReport
 from tests.support.coordinator import CoordinatorProcess, endpoint_keys, pool_config, running_coordinator
+from tests.support.postgres import frozen
 from tests.support.waiting import wait_until
 from tests.support.workers import (
     PROBE,
@@ -78,16 +78,6 @@ def pool(name: str) -> Iterator[Pool]:
     """A pool of this process; every permit is back afterwards."""
     with pool_of(name) as pool:
         yield pool
-
-
-@contextmanager
-def frozen(server: Server) -> Iterator[None]:
-    """A server that answers nothing."""
-    server.pause()
-    try:
-        yield
-    finally:
-        server.resume()
 
 
 def group(pool: str) -> GroupReport:

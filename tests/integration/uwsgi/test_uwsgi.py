@@ -20,7 +20,7 @@ from shmpool.status import RowState
 from shmpool_coordinator import mule as mule_module
 from shmpool_coordinator.mule import PAUSE_S
 from tests.support.coordinator import running_coordinator
-from tests.support.gunicorn import Clients, Sampler, example_config, stop_coordinator
+from tests.support.gunicorn import Clients, Sampler, example_config, guest_book, stop_coordinator
 from tests.support.uwsgi import (
     HOOKS,
     MULE_FILE,
@@ -33,7 +33,6 @@ from tests.support.uwsgi import (
 )
 from tests.support.waiting import wait_until
 from tools.pg_cluster import Cluster
-from tools.stage import EXAMPLE
 
 CAP = 3
 STUCK = """
@@ -63,10 +62,8 @@ pytestmark = requires_uwsgi
 @pytest.fixture(scope="module")
 def servers(cluster: Cluster) -> Iterator[Cluster]:
     """A primary and a standby with the guest book's table."""
-    cluster.primary.execute((EXAMPLE / "schema.sql").read_text())
-    wait_until(lambda: cluster.standbys[0].execute("SELECT to_regclass('entries') IS NOT NULL") == [(True,)])
-    yield cluster
-    cluster.primary.execute("DROP TABLE entries")
+    with guest_book(cluster):
+        yield cluster
 
 
 def generations(server: UwsgiServer) -> set[int]:
