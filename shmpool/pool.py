@@ -37,7 +37,8 @@ from shmpool.credentials import Lookup
 from shmpool.errors import DisownedError, MechanismError, SegmentMissingError, SegmentRetiredError
 from shmpool.freshness import acquire_after
 from shmpool.handle import Handle
-from shmpool.local_group import BYPASS_S, Lease, LocalGroup, tidy
+from shmpool.lease import BYPASS_S, Lease, give_back, tidy
+from shmpool.local_group import LocalGroup
 from shmpool.names import Names
 from shmpool.pool_errors import ConfigurationDiffers, CoordinatorNotRunning, PoolClosed, PoolError, UnknownGroup
 from shmpool.position import CommitPosition
@@ -343,7 +344,7 @@ class Pool:
         began = monotonic()
         deadline = None if timeout is None else began + timeout
         if lease is not None and not lease.group.attachment.is_current():
-            lease.group.give_back(lease)  # before the wait for a successor, which it would keep from opening
+            give_back(lease)  # before the wait for a successor, which it would keep from opening
             lease = None
         while True:
             state = self._joined_by(began + JOIN_WITHIN_S if deadline is None else deadline)
@@ -381,7 +382,7 @@ class Pool:
         elif restore(lease.connection, lease.recipe):
             lease.group.put_idle(lease)
         else:
-            lease.group.give_back(lease)
+            give_back(lease)
 
     def rest(self) -> int:
         """Give idle connections back; return how many there were (before a fork)."""
@@ -432,7 +433,7 @@ class _State:
             }
             known = self.groups.get(name)
             if known is not None and known.leads_to_the_same(recipes):
-                known.settings, known.recipes, known.permits = settings, recipes, permits
+                known.follow(settings, permits, recipes)
                 groups[name] = known
             else:
                 groups[name] = LocalGroup(pool, attachment, settings, permits, recipes)
