@@ -278,7 +278,7 @@ class LocalGroup:
             raise DisownedError("this group was replaced, or the attachment is not this process's any more")
         self._be_polite(deadline)
         route = self.router.route(attempt)
-        token = self._take_token() if route.order else None
+        token = self._take_token() if route.order or route.last_resort else None
         if token is None:
             if scout is not None:
                 scout.sleep(deadline - monotonic())
@@ -339,7 +339,7 @@ class LocalGroup:
         return token
 
     def _permits_of(self, route: Route) -> list[EndpointPermits]:
-        return [self.attachment.endpoints[index] for index in route.order if index in self.recipes]
+        return [self.attachment.endpoints[i] for i in route.order or route.last_resort if i in self.recipes]
 
     def give_up(self, attempt: Attempt, waited: float) -> Exception:
         """Return the error that tells best why nothing came in time."""
@@ -347,7 +347,7 @@ class LocalGroup:
         if attempt.failures:
             return next(reversed(attempt.failures.values()))
         if attempt.route is not None and not attempt.route.order:
-            return NoEligibleEndpoint(self.settings.name, self.settings.target, attempt.route.refusals)
+            return NoEligibleEndpoint(self.settings.name, self.settings.target, self.router.reasons(attempt.route))
         return PoolTimeout(describe_group(self.attachment.segment, self.settings.name, self.permits, waited))
 
     def _count_timeout(self) -> None:

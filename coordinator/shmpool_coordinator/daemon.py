@@ -205,6 +205,8 @@ class Daemon:
         self._next_check = 0.0
         self._last_used = monotonic()
         self._clock_offset = time.time() - monotonic()
+        self._turned_at = monotonic()
+        self._awake_since = float("-inf")  # before that it stood still: what probes saw until then is old
         self.control = Control(
             self.names,
             self._selector,
@@ -257,6 +259,7 @@ class Daemon:
         for key, mask in self._selector.select(max(0.0, due - monotonic())):
             key.data(mask)
         self._take_signals()
+        self._note_standstill()
         self._take_results()
         now = monotonic()
         for watch in self._watches.values():
@@ -269,7 +272,8 @@ class Daemon:
         """Do everything that is due to the tables once."""
         if self.registry.is_retired and self.registry.is_left():
             self._succeed()
-        self.registry.beat()
+        if self._has_looked():
+            self.registry.beat()
         hinted, self._ended_rows = self._ended_rows, set()
         self.reaper.tick(hinted)
         self.permits.tick(self.sessions.is_gone)
@@ -409,6 +413,27 @@ class Daemon:
         is_maintained = self.registry.status(watch.settings.index).admin is Admin.MAINT
         return not watch.prober.is_busy and not is_maintained
 
+    def _note_standstill(self) -> None:
+        """After a stop that was longer than workers believe what they read: look anew before they may again."""
+        now, before = monotonic(), self._turned_at
+        self._turned_at = now
+        assert self.registry.settings is not None
+        if now - before <= self.registry.settings.stale_after:
+            return
+        log.warning("pool %s: stood still for %.1f s, every endpoint is looked at anew", self.names.pool, now - before)
+        self._awake_since = now
+        for watch in self._watches.values():
+            watch.health = health.hasten(watch.health, now)
+
+    def _has_looked(self) -> bool:
+        """Whether each endpoint that is probed was probed since the last standstill."""
+        return all(
+            watch.health.last_probe is None
+            or watch.health.last_probe >= self._awake_since
+            or self.registry.status(watch.settings.index).admin is Admin.MAINT
+            for watch in self._watches.values()
+        )
+
     def _take_results(self) -> None:
         while True:
             try:
@@ -416,20 +441,22 @@ class Daemon:
             except queue.Empty:
                 return
             prober.is_busy = False
+            if prober.began < self._awake_since:
+                continue
             for watch in self._watches.values():
                 if watch.prober is prober:
                     self._advance(watch, result)
 
     def _advance(self, watch: Watch, result: ProbeResult) -> None:
         now, began = monotonic(), watch.prober.began
-        could_fall = watch.health.health is Health.UP and health.SIGN_OF_VERDICT[result.verdict] is health.Sign.BAD
+        is_seen = health.SIGN_OF_VERDICT[result.verdict] in (health.Sign.GOOD, health.Sign.CLOSED)
         watch.health = health.advance(
             watch.health,
             result,
             self.registry.config.probe,
             now,
             jitter=random.uniform(-JITTER, JITTER),
-            is_used=could_fall and self._is_used(watch),
+            is_used=not is_seen and self._is_used(watch),
             is_reported=now - watch.evidence <= EVIDENCE_HOLDS_S,
             is_urgent=watch.is_urgent,
         )
@@ -438,7 +465,7 @@ class Daemon:
             watch.health = health.hasten(watch.health, watch.extra_probe)
         if result.verdict is Verdict.LOST and watch.health.bad == 1:
             watch.health = health.hasten(watch.health, now)  # the kept connection: a new one tells more
-        epochs = self._epochs()
+        epochs, late = self._epochs(), self.registry.late_endpoints()
         watch.result = result
         if result.verdict is Verdict.MISCONFIGURED and self._origin.passwords is not None:
             self._origin.passwords.refused(watch.settings.name)
@@ -448,7 +475,7 @@ class Daemon:
             if other is not watch:
                 self.registry.judge(other.settings.index, other.health)
             self._tell(other)
-        if self._epochs() != epochs:
+        if self._epochs() != epochs or self.registry.late_endpoints() != late:
             self.control.send_workers("endpoint")  # to close what rests there
         if self.registry.has_vacant_role():
             soon = now + self.registry.config.probe.fastinter
@@ -467,6 +494,9 @@ class Daemon:
         last_probe = watch.health.last_probe
         if last_probe is None:
             return False
+        if watch.health.health is Health.DOWN:  # whoever got a connection all the same
+            taken = self._checkouts(watch, Use.IDLE) | self._checkouts(watch, Use.ACTIVE)
+            return any(opened > last_probe for opened, _ in taken.values())
         before = watch.busy if last_probe > watch.evidence else {}
         watch.busy = self._checkouts(watch, Use.ACTIVE)
         resting = self._checkouts(watch, Use.IDLE)
@@ -534,6 +564,7 @@ class Daemon:
             "look": self._look,
             "waiting": self._waiting,
             "evidence": self._evidence,
+            "served": self._served,
             "info": self._info,
             "reload": self._reload,
             "admin": self._admin,
@@ -577,6 +608,21 @@ class Daemon:
             watch.extra_probe = max(watch.evidence, watch.extra_probe + EVIDENCE_GAP_S)
         watch.is_urgent = True
         watch.health = health.hasten(watch.health, watch.extra_probe)
+
+    def _served(self, _peer: Peer, message: Message) -> None:
+        """A worker got a connection to an endpoint that is DOWN here: it serves everybody until nobody succeeds."""
+        index, role = _integer(message, "endpoint"), _integer(message, "role")
+        watch = self._watches.get(index)
+        if watch is None or not 0 <= role < len(Role):
+            raise RequestError(f"endpoint {index} is not configured, or role {role} does not exist")
+        if watch.health.health is not Health.DOWN:
+            return
+        watch.health = health.serving(watch.health, Role(role), monotonic())
+        self.registry.record_serving(index, watch.health)
+        for other in self._watches.values():
+            self.registry.judge(other.settings.index, other.health)
+            self._tell(other)
+        self.control.send_workers("endpoint")
 
     def _info(self, _peer: Peer, _message: Message) -> Reply:
         return Reply(

@@ -27,7 +27,7 @@ from shmpool.errors import CoordinatorRunningError, MechanismError, SegmentMissi
 from shmpool.layout import ENDPOINTS, GROUPS, PERMITS, WORKERS, Layout
 from shmpool.names import Names
 from shmpool.replication import Lag, Server, is_superseded
-from shmpool.routing import is_role_allowed
+from shmpool.routing import Candidate, is_role_allowed, slowness
 from shmpool.rows import Locks, Process
 from shmpool.segment import Segment
 from shmpool.settings import GIVEN, EndpointSettings, GroupSettings, PoolSettings
@@ -566,6 +566,20 @@ class Registry:
         at = self.segment.layout.at(ENDPOINTS, index)
         self.segment.words[at + ENDPOINTS.column("lag_bytes")] = lag.bytes or 0
         self.segment.times[at + ENDPOINTS.column("lag")] = _UNKNOWN_LAG if lag.seconds is None else lag.seconds
+
+    def late_endpoints(self) -> set[tuple[int, int]]:
+        """Return the pairs of group and endpoint where a replica lags more than the group allows."""
+        assert self.settings is not None
+        known = [(e, self.status(e.index), self.lag(e.index)) for e in self.settings.endpoints]
+        candidates = [Candidate(e, status, 0, lag.seconds, lag.bytes) for e, status, lag in known]
+        return {(g.index, c.settings.index) for g in self.settings.groups for c in candidates if slowness(g, c)}
+
+    def record_serving(self, index: int, health: EndpointHealth) -> None:
+        """Store that an endpoint serves, as a worker told; one that changed its role meanwhile has another timeline."""
+        at = self.segment.layout.at(ENDPOINTS, index)
+        if health.role is not self.status(index).role:
+            self.segment.words[at + ENDPOINTS.column("timeline")] = 0
+        self.judge(index, health)
 
     def has_vacant_role(self) -> bool:
         """Whether some group has no endpoint that is UP in a role that serves it."""

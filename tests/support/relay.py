@@ -25,7 +25,7 @@ class Relay:
     """Relays connections of `port` to a server until the `with` block ends.
 
     `requests` counts by user what clients sent after their start-up message, a read at a time: with clients that
-    wait for each answer, their queries.
+    wait for each answer, their queries.  `accepts` counts all connections, those that are reset at once as well.
     """
 
     def __init__(self, target_port: int) -> None:
@@ -35,6 +35,7 @@ class Relay:
         self.delay_s = 0.0  # before each chunk, in both directions
         self.requests: dict[str, int] = {}
         self.connects: dict[str, int] = {}
+        self.accepts = 0
         self._hole: set[str] = set()  # users, "" is everybody
         self._changed = threading.Condition()
         self._sockets: set[socket.socket] = set()
@@ -108,6 +109,7 @@ class Relay:
                 client, _ = self._listener.accept()
             except OSError:
                 return
+            self.accepts += 1
             if self._is_resetting or self._is_ending:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_CLOSE)
                 client.close()
