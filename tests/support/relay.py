@@ -25,7 +25,7 @@ class Relay:
     """Relays connections of `port` to a server until the `with` block ends.
 
     `requests` counts by user what clients sent after their start-up message, a read at a time: with clients that
-    wait for each answer, their queries.  `accepts` counts all connections, those that are reset at once as well.
+    wait for each answer, their queries.
     """
 
     def __init__(self, target_port: int) -> None:
@@ -35,13 +35,13 @@ class Relay:
         self.delay_s = 0.0  # before each chunk, in both directions
         self.requests: dict[str, int] = {}
         self.connects: dict[str, int] = {}
-        self.accepts = 0
         self._hole: set[str] = set()  # users, "" is everybody
         self._changed = threading.Condition()
         self._sockets: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._is_ending = False
         self._is_resetting = False
+        self._is_hanging_up = False
         self._start(self._accept)
 
     def __enter__(self) -> Self:
@@ -90,6 +90,16 @@ class Relay:
         finally:
             self._is_resetting = False
 
+    @contextmanager
+    def hang_ups(self) -> Iterator[None]:
+        """End every connection that is open, and each new one when its client has told its user."""
+        self._is_hanging_up = True
+        self._cut()
+        try:
+            yield
+        finally:
+            self._is_hanging_up = False
+
     def _cut(self) -> None:
         """Reset what is open."""
         for end in list(self._sockets):
@@ -109,7 +119,6 @@ class Relay:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            self.accepts += 1
             if self._is_resetting or self._is_ending:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_CLOSE)
                 client.close()
@@ -138,6 +147,8 @@ class Relay:
             while data := source.recv(CHUNK_BYTES):
                 if is_client:
                     self._note(data, user)
+                if self._is_hanging_up and user:
+                    break
                 self._hold(user)
                 target.sendall(data)
         self._hold(user)
