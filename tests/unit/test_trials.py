@@ -51,7 +51,7 @@ def test_one_try_at_a_time(clock: Clock) -> None:
 
 
 def test_success_and_another_outage_begin_anew(clock: Clock) -> None:
-    """After a success, and when the endpoint's epoch has changed, the next try comes at once, and nothing old is told."""
+    """After a success, and in another epoch of the endpoint, the next try comes at once, and nothing old is told."""
     mine = Trials()
     for _ in range(5):
         clock.now += 10
