@@ -56,7 +56,7 @@ class Relay:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
         self._listener.close()
-        self._cut()
+        self.cut()
         for thread in self._threads:
             thread.join()
 
@@ -84,7 +84,7 @@ class Relay:
     def resets(self) -> Iterator[None]:
         """Reset every connection that is open, and each new one."""
         self._is_resetting = True
-        self._cut()
+        self.cut()
         try:
             yield
         finally:
@@ -94,14 +94,14 @@ class Relay:
     def hang_ups(self) -> Iterator[None]:
         """End every connection that is open, and each new one when its client has told its user."""
         self._is_hanging_up = True
-        self._cut()
+        self.cut()
         try:
             yield
         finally:
             self._is_hanging_up = False
 
-    def _cut(self) -> None:
-        """Reset what is open."""
+    def cut(self) -> None:
+        """Reset every connection that is open."""
         for end in list(self._sockets):
             with contextlib.suppress(OSError):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_CLOSE)
