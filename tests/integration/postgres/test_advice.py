@@ -374,20 +374,20 @@ def test_stopped_coordinator_acts_on_nothing_old(relay: Relay, pool_name: str) -
     """Continued after a long stop: a probe that ran out of time meanwhile takes nothing out, and is made anew."""
     probe = PROBE.replace("fall = 3", "fall = 2").replace(f'"{TIMEOUT_S}s"', '"1s"')
     with coordinating(pool_name, {"pg1": relay.port}, probe=probe, stale_after="1s") as coordinator:
-        with pool_of(pool_name) as pool:
-            with relay.black_hole(WATCHER):
-                connects = relay.connects[WATCHER]
-                relay.cut()
-                wait_until(lambda: endpoint(pool_name).verdict is Verdict.LOST, every=0.001)
-                wait_until(lambda: relay.connects[WATCHER] > connects)
-                os.kill(coordinator.pid, signal.SIGSTOP)
+        with pool_of(pool_name) as pool, relay.black_hole(WATCHER):
+            connects = relay.connects[WATCHER]
+            relay.cut()
+            wait_until(lambda: relay.connects[WATCHER] > connects)
+            os.kill(coordinator.pid, signal.SIGSTOP)
             try:
-                before, stopped_until = probes_of(coordinator), time.monotonic() + 1.5
+                stopped_until = time.monotonic() + 1.5
                 wait_until(lambda: time.monotonic() >= stopped_until)
                 assert served_by(pool, "any")
             finally:
                 os.kill(coordinator.pid, signal.SIGCONT)
-            wait_until(lambda: probes_of(coordinator) > before + 3, what=lambda: coordinator.log)
+            wait_until(lambda: "stood still" in coordinator.log)
+        before = probes_of(coordinator)
+        wait_until(lambda: probes_of(coordinator) > before + 3, what=lambda: coordinator.log)
         assert endpoint(pool_name).health is Health.UP
-        assert "stood still" in coordinator.log
+        assert "lost" in coordinator.log, "one bad probe before the stop"
         assert "DOWN" not in coordinator.log, coordinator.log
