@@ -278,7 +278,8 @@ class LocalGroup:
             raise DisownedError("this group was replaced, or the attachment is not this process's any more")
         self._be_polite(deadline)
         route = self.router.route(attempt)
-        token = self._take_token() if route.order or route.last_resort else None
+        has_nowhere = not route.order and (not route.last_resort or (attempt.has_tried and monotonic() >= deadline))
+        token = None if has_nowhere else self._take_token()
         if token is None:
             if scout is not None:
                 scout.sleep(deadline - monotonic())

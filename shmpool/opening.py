@@ -197,6 +197,7 @@ def _refused(
     Of one that is DOWN nobody is told anything new.
     """
     if attempt.is_trial(endpoint):
+        attempt.has_tried = True
         group.attachment.trials.failed(endpoint, error)
         return
     group.attachment.say_evidence(endpoint, str(error))

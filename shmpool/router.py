@@ -34,12 +34,13 @@ class Attempt:
         only: the endpoints that it may try; default: all that are eligible.
     """
 
-    __slots__ = ("failures", "only", "route")
+    __slots__ = ("failures", "has_tried", "only", "route")
 
     def __init__(self, only: Collection[int] | None = None) -> None:
         self.only = only
         self.route: Route | None = None
         self.failures: dict[int, psycopg2.OperationalError] = {}
+        self.has_tried = False  # an endpoint that is DOWN
 
     def is_trial(self, endpoint: int) -> bool:
         """Whether an endpoint is tried though it is DOWN."""

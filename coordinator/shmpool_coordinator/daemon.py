@@ -56,6 +56,7 @@ EVIDENCE_HOLDS_S: Final = 1.0  # how long a refused probe confirms what workers 
 SETTLE_AT_END_S: Final = 2.0
 DEPART_S: Final = 10.0  # a mule's workers: their requests may take longer, but a mule alone is to be replaced soon
 CLOCK_STEP_S: Final = 0.1
+LOOK_ANEW_S: Final = 5.0  # after a standstill: who may not be believed for longer than that looks like one that is dead
 JITTER: Final = 0.1
 HANDLED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 OTHER_FILES: Final = 128  # semaphores, probes, looks at sessions
@@ -426,8 +427,8 @@ class Daemon:
             watch.health = health.hasten(watch.health, now)
 
     def _has_looked(self) -> bool:
-        """Whether each endpoint that is probed was probed since the last standstill."""
-        return all(
+        """Whether each endpoint that is probed was probed since the last standstill, or that was long ago."""
+        return monotonic() - self._awake_since >= LOOK_ANEW_S or all(
             watch.health.last_probe is None
             or watch.health.last_probe >= self._awake_since
             or self.registry.status(watch.settings.index).admin is Admin.MAINT
@@ -609,7 +610,7 @@ class Daemon:
         watch.is_urgent = True
         watch.health = health.hasten(watch.health, watch.extra_probe)
 
-    def _served(self, _peer: Peer, message: Message) -> None:
+    def _served(self, peer: Peer, message: Message) -> None:
         """A worker got a connection to an endpoint that is DOWN here: it serves everybody until nobody succeeds."""
         index, role = _integer(message, "endpoint"), _integer(message, "role")
         watch = self._watches.get(index)
@@ -617,6 +618,7 @@ class Daemon:
             raise RequestError(f"endpoint {index} is not configured, or role {role} does not exist")
         if watch.health.health is not Health.DOWN:
             return
+        log.warning("endpoint %s: is DOWN, and pid %d got a connection", watch.settings.name, peer.pid)
         watch.health = health.serving(watch.health, Role(role), monotonic())
         self.registry.record_serving(index, watch.health)
         for other in self._watches.values():
