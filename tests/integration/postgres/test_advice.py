@@ -69,11 +69,17 @@ def watched_pair() -> Iterator[Cluster]:
 
 @contextmanager
 def coordinating(
-    pool: str, ports: Mapping[str, int], groups: dict[str, str] = ANY, *, probe: str = PROBE, stale_after: str = "5s"
+    pool: str,
+    ports: Mapping[str, int],
+    groups: dict[str, str] = ANY,
+    *,
+    probe: str = PROBE,
+    stale_after: str = "5s",
+    more: str = PLAIN,
 ) -> Iterator[CoordinatorProcess]:
     """Run a coordinator that has found every endpoint UP; nobody starts another one."""
     endpoints = {
-        name: endpoint_keys(f"host=127.0.0.1 port={port} user=postgres dbname=postgres {PLAIN}", max_connections=900)
+        name: endpoint_keys(f"host=127.0.0.1 port={port} user=postgres dbname=postgres {more}", max_connections=900)
         for name, port in ports.items()
     }
     extra = f'[coordinator]\nautostart = false\nstale_after = "{stale_after}"\n{probe}'
@@ -296,6 +302,26 @@ def test_promotion_that_no_coordinator_sees(pool_name: str, how: str) -> None:
             if how == "killed":
                 coordinator.start()
     print(f"\npromotion, coordinator {how}: writes served after {took:.3f} s")
+
+
+def test_overtaken_primary_is_no_last_resort(pool_name: str) -> None:
+    """With both primaries DOWN for the coordinator, the one of the older timeline is not tried for writes."""
+    with watched_pair() as cluster, Relay(cluster.primary.port) as one, Relay(cluster.standbys[0].port) as two:
+        new, ports = cluster.standbys[0], {"pg1": one.port, "pg2": two.port}
+        brief = f"{PLAIN} connect_timeout=1"
+        with coordinating(pool_name, ports, ROLES, more=brief) as coordinator, pool_of(pool_name) as pool:
+            new.promote()
+            wait_until(lambda: endpoint(pool_name).verdict is Verdict.ROLE_CONFLICT, what=lambda: coordinator.log)
+            with one.black_hole(WATCHER), two.black_hole(WATCHER):
+                wait_for(coordinator, Health.DOWN, "pg1")
+                wait_for(coordinator, Health.DOWN, "pg2")
+                assert endpoint(pool_name).verdict is Verdict.TIMEOUT
+                with two.black_hole("postgres"), pytest.raises(NoEligibleEndpoint) as caught:
+                    pool.checkout("write", timeout=0.5)
+                assert "tried" in caught.value.reasons["pg2"]
+                assert "tried" not in caught.value.reasons["pg1"]
+                assert served_by(pool, "write", timeout=10) == new.port
+        assert one.connects.get("postgres", 0) == 0
 
 
 # -- passwords that expire
