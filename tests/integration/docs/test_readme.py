@@ -50,7 +50,7 @@ def configuration_for(cluster: Cluster, name: str) -> str:
 def test_configuration_is_valid_and_complete() -> None:
     """The configuration of the README is accepted without a warning."""
     (text,) = blocks("toml")
-    assert config.parse(tomllib.loads(text), "README.md").warnings() == []
+    assert config.warnings_of(config.parse(tomllib.loads(text), "README.md")) == []
 
 
 def test_application_code_runs(cluster: Cluster, pool_name: str) -> None:

@@ -19,10 +19,12 @@ from shmpool_coordinator.config import (
     Endpoint,
     Group,
     MaxLag,
+    describe,
     duration_text,
     find,
     load,
     parse,
+    warnings_of,
 )
 from shmpool_coordinator.probe import parse_conninfo
 
@@ -104,7 +106,7 @@ def test_sample_shows_the_defaults() -> None:
 
 def test_sample_has_no_warnings() -> None:
     """The sample can be taken as a start without being scolded."""
-    assert load(SAMPLE).warnings() == []
+    assert warnings_of(load(SAMPLE)) == []
 
 
 @pytest.mark.parametrize(
@@ -424,7 +426,7 @@ def test_warnings() -> None:
             "other": {"connections": 1},
         },
     )
-    keys = [warning.split(":")[0] for warning in parse(raw, "").warnings()]
+    keys = [warning.split(":")[0] for warning in warnings_of(parse(raw, ""))]
     assert keys == [
         "probe.fastinter",
         "groups.big.connections",
@@ -437,12 +439,12 @@ def test_warnings() -> None:
 def test_groups_may_share_more_than_an_endpoint_allows() -> None:
     """Caps of groups that add up to more than the endpoint's are the point of sharing."""
     two = {"a": {"connections": 10}, "b": {"connections": 10}}
-    assert parse(raw_config(groups=two), "").warnings() == []
+    assert warnings_of(parse(raw_config(groups=two), "")) == []
 
 
 def test_description() -> None:
     """The description has every endpoint and group with its effective values."""
-    text = load(SAMPLE).describe()
+    text = describe(load(SAMPLE))
     assert "endpoint pg1: at most 60 connections of the groups and 2 sessions of the coordin" in text
     assert "tcp_user_timeout=30000" in text
     assert "group write: at most 10 connections, target primary, on pg1\n  autocommit=false" in text
