@@ -39,6 +39,7 @@ from shmpool.settings import Credentials, EndpointSettings, GroupSettings
 from shmpool.states import Role
 
 CLOSE_BOUND_S: Final = 0.5  # a server needs about a millisecond; past this the slot is left to the coordinator
+POOLER_ANSWER_S: Final = 5.0  # a pooler takes connections also while its server does not answer
 APPLICATION_NAME_BYTES: Final = 63  # what PostgreSQL keeps of it
 _NO_CREDENTIALS: Final = Credentials("", (), "")
 # A server answered: it refused (libpq puts two spaces behind the severity, which servers translate), or it asked for a
@@ -188,7 +189,7 @@ def make_recipe(
         endpoint = endpoint._replace(credentials=_NO_CREDENTIALS)
     given = " ".join(filter(None, (merged.get("options"), overlay.pop("options", None))))
     merged.update(overlay)
-    options = " ".join(filter(None, (given, _options(group))))
+    options = " ".join(filter(None, (given, "" if endpoint.via == "pooler" else _options(group))))
     if options:
         merged["options"] = options
     return Recipe(endpoint, group, make_dsn(**merged), group.autocommit, factory, cursor_factory, on_connect)
@@ -196,7 +197,12 @@ def make_recipe(
 
 def _options(group: GroupSettings) -> str:
     """Return the server settings of a group as start-up options: they cost no round trip."""
-    settings: dict[str, str] = dict(group.settings)
+    settings = _session_settings(group) | _transaction_settings(group)
+    return " ".join(f"-c {name}={_escaped(value)}" for name, value in settings.items())
+
+
+def _session_settings(group: GroupSettings) -> dict[str, str]:
+    settings = dict(group.settings)
     for name, seconds in (
         ("statement_timeout", group.statement_timeout),
         ("lock_timeout", group.lock_timeout),
@@ -204,11 +210,16 @@ def _options(group: GroupSettings) -> str:
     ):
         if seconds is not None:
             settings[name] = str(round(seconds * 1000))
+    return settings
+
+
+def _transaction_settings(group: GroupSettings) -> dict[str, str]:
+    settings = {}
     if group.isolation_level != "default":
         settings["default_transaction_isolation"] = group.isolation_level
     if group.readonly:
         settings["default_transaction_read_only"] = "on"
-    return " ".join(f"-c {name}={_escaped(value)}" for name, value in settings.items())
+    return settings
 
 
 def _escaped(value: str) -> str:
@@ -237,6 +248,10 @@ class ConnectFailedError(OperationalError):
 
 class WrongRoleError(OperationalError):
     """The server is in another role than the group needs."""
+
+
+class WrongServerError(WrongRoleError):
+    """Of several servers behind one name it was one in another role; the next connect may reach another."""
 
 
 def open_connection(recipe: Recipe, name: str, secrets: Secrets) -> Connection:
@@ -269,9 +284,16 @@ def open_connection(recipe: Recipe, name: str, secrets: Secrets) -> Connection:
 def prepare(conn: Connection, recipe: Recipe) -> None:
     """Bring a new connection into the group's state; what `on_connect` left open is rolled back.
 
+    Behind a pooler this asks the server for the first time, bounded in time.
+
     Raises:
+        ConnectFailedError: the server behind a pooler was lost, or did not answer.
         Exception: whatever `on_connect` raised; the caller closes the connection.
     """
+    if recipe.endpoint.via == "pooler":
+        with _answering(conn, recipe):
+            _apply_settings(conn, recipe)
+            _set_transactions(conn, recipe)
     if recipe.autocommit:
         conn.autocommit = True
     if recipe.on_connect is not None:
@@ -281,16 +303,73 @@ def prepare(conn: Connection, recipe: Recipe) -> None:
     clear_marks(conn, recipe)
 
 
-def role_of(conn: connection) -> Role:
-    """Return the role that the server reported at start-up (`in_hot_standby`, PostgreSQL 14 and newer)."""
-    value = conn.get_parameter_status("in_hot_standby")
-    if value is None:
+@contextlib.contextmanager
+def _answering(conn: Connection, recipe: Recipe) -> Iterator[None]:
+    """Bound what is asked of a new connection's server; one that is lost over it did not come about.
+
+    Raises:
+        ConnectFailedError: the server was lost, or did not answer.
+    """
+    told = ""
+    try:
+        with _cut_after(conn, POOLER_ANSWER_S):
+            yield
+    except psycopg2.Error as error:
+        if not conn.closed and not conn.is_cut:
+            raise
+        told = str(error).strip()
+    if conn.is_cut:
+        told = f"no answer within {POOLER_ANSWER_S:g} s"
+    if told:
+        raise ConnectFailedError(f"endpoint {recipe.endpoint.name!r}, behind its pooler: {told}")
+
+
+def _apply_settings(conn: Connection, recipe: Recipe) -> None:
+    """Set in SQL what a pooler refuses at start-up: one round trip, or none."""
+    settings = _session_settings(recipe.group)
+    if recipe.autocommit:
+        settings |= _transaction_settings(recipe.group)
+    if settings:
+        conn.autocommit = True
+        with conn.own_cursor(conn) as cur:
+            calls = ", ".join(["set_config(%s, %s, false)"] * len(settings))
+            cur.execute(f"select {calls}", [word for setting in settings.items() for word in setting])
+        conn.autocommit = recipe.autocommit
+
+
+def _set_transactions(conn: Connection, recipe: Recipe) -> None:
+    """Have each BEGIN say what the group wants of it, so that it holds at whichever server the transaction runs."""
+    group = recipe.group
+    if not recipe.autocommit:
+        conn.set_session(
+            isolation_level=None if group.isolation_level == "default" else group.isolation_level.upper(),
+            readonly=group.readonly or None,
+        )
+
+
+def role_of(conn: Connection, recipe: Recipe) -> Role:
+    """Return the role of a connection's server, UNKNOWN where the group serves itself from every role.
+
+    It was reported at start-up (`in_hot_standby`, PostgreSQL 14 and newer), else the server is asked.  A pooler reports
+    what it heard when it connected first, which may be long ago.
+
+    Raises:
+        ConnectFailedError: the server behind a pooler was lost, or did not answer.
+    """
+    is_direct = recipe.endpoint.via == "direct"
+    value = conn.get_parameter_status("in_hot_standby") if is_direct else None
+    if value is not None:
+        return Role.REPLICA if value == "on" else Role.PRIMARY
+    if recipe.group.target in ("any", "prefer-replica"):
+        return Role.UNKNOWN
+    if is_direct:
         return _asked_role(conn)
-    return Role.REPLICA if value == "on" else Role.PRIMARY
+    with _answering(conn, recipe):
+        return _asked_role(conn)
 
 
-def _asked_role(conn: connection) -> Role:
-    with conn.cursor() as cur:
+def _asked_role(conn: Connection) -> Role:
+    with conn.own_cursor(conn) as cur:
         cur.execute("select pg_is_in_recovery()")
         row = cur.fetchone()
     if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
@@ -454,6 +533,8 @@ def _put_session_back(conn: Connection, recipe: Recipe) -> None:
     conn.set_session(isolation_level="DEFAULT", readonly="DEFAULT", deferrable="DEFAULT", autocommit=False)
     if recipe.autocommit:
         conn.autocommit = True
+    if recipe.endpoint.via == "pooler":
+        _set_transactions(conn, recipe)
     conn.cursor_factory = recipe.cursor_factory  # type: ignore[assignment]  # None is psycopg2's default
     if conn.encoding != conn.opened_encoding:
         conn.set_client_encoding(conn.opened_encoding)
@@ -468,6 +549,8 @@ def _reset(conn: Connection, recipe: Recipe) -> None:
         if not (conn.get_parameter_status("DateStyle") or "").startswith("ISO"):
             cur.execute("set datestyle to iso")
     conn.autocommit = recipe.autocommit
+    if recipe.endpoint.via == "pooler":
+        _apply_settings(conn, recipe)  # a reset goes back to how the session started
 
 
 def close_connection(conn: Connection, within: float = CLOSE_BOUND_S) -> bool:

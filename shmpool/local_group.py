@@ -36,6 +36,7 @@ from shmpool.connection import (
     Connection,
     Recipe,
     WrongRoleError,
+    WrongServerError,
     answers,
     application_name,
     close_connection,
@@ -63,6 +64,7 @@ PING_TIMEOUT_S: Final = 5.0
 LIFETIME_JITTER: Final = 0.05
 POLITE_S: Final = 0.002  # about the cost of a connect
 REFUSED_PAUSE_S: Final = 0.05  # between rounds in which every eligible endpoint refused
+_PID_MASK: Final = 0xFFFFFFFF  # a pooler makes numbers up, negative ones too
 _TURNS: Final = 1 << 16  # more than any cycle of weights
 AVOID_S: Final = 1.0  # how long an endpoint that refused is tried last
 FALLBACK_REST_S: Final = 1.0  # how long a connection that fell back rests while the group may hold no more like it
@@ -75,6 +77,9 @@ _PASSING: Final = (
     "too many clients",
     "too many connections",
     "connection slots",
+    "no more connections allowed",
+    "cannot connect to server",
+    "login has been failing",
 )  # of a server that answers: it will serve soon
 
 
@@ -661,14 +666,20 @@ class LocalGroup:
         try:
             self._bound(conn, endpoint.index)
             prepare(conn, recipe)
-            role = role_of(conn)
+            role = role_of(conn, recipe)
+        except ConnectFailedError as error:  # a pooler took it, and has no server for it
+            self._count(token, slots.ERRORS, 1)
+            self.give_back(token)
+            self._refused(endpoint.index, error, attempt, deadline)
+            return None
         except BaseException:
             self.give_back(token)
             raise
         if not is_role_allowed(self.settings.target, role):
             self.give_back(token)
-            wrong = WrongRoleError(
-                f"endpoint {recipe.endpoint.name!r} is a {role.name.lower()}, group "
+            is_service = recipe.endpoint.address == "service"
+            wrong = (WrongServerError if is_service else WrongRoleError)(
+                f"endpoint {recipe.endpoint.name!r} {'led to' if is_service else 'is'} a {role.name.lower()}, group "
                 f"{self.settings.name!r} wants {self.settings.target}"
             )
             self._refused(endpoint.index, wrong, attempt, deadline)
@@ -734,7 +745,7 @@ class LocalGroup:
         jitter = 1 - LIFETIME_JITTER * chance()
         token.expires = conn.opened_at + self.settings.max_lifetime * jitter
         table.words[token.detail_at + slots.ENDPOINT_EPOCH] = Status.of(token.status).epoch
-        table.words[token.detail_at + slots.BACKEND_PID] = conn.get_backend_pid()
+        table.words[token.detail_at + slots.BACKEND_PID] = conn.get_backend_pid() & _PID_MASK
 
     def _let_go_unopened(self, token: Lease, *, is_over: bool) -> None:
         """Give a token's permits back, or, if a session may yet appear at the server, leave them to the coordinator."""
@@ -744,11 +755,17 @@ class LocalGroup:
             self.table.abandon(token)
 
     def _refused(self, endpoint: int, error: psycopg2.OperationalError, attempt: Attempt, deadline: float) -> None:
-        """Note that an endpoint did not serve; pause once a round, and tell the coordinator."""
-        self.attachment.say_evidence(endpoint, str(error))
-        self._avoid[endpoint] = monotonic() + AVOID_S
+        """Note that an endpoint did not serve; pause once a round, and tell the coordinator.
+
+        That a name of several servers led to the wrong one says nothing against it, and is tried once more at once.
+        """
         again = endpoint in attempt.failures
         attempt.failures[endpoint] = error
+        if not isinstance(error, WrongServerError):
+            self.attachment.say_evidence(endpoint, str(error))
+        elif not again:
+            return
+        self._avoid[endpoint] = monotonic() + AVOID_S
         eligible = set(attempt.route.order) if attempt.route else set()
         if eligible <= set(attempt.failures):
             if attempt.is_hopeless():

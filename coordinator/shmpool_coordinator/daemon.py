@@ -403,7 +403,9 @@ class Daemon:
             self._results.put((prober, result))
             self._wake()
 
-        return Prober(probe, Resolver(endpoint.conninfo, settings.resolve_every), hand_in)
+        return Prober(
+            probe, Resolver("" if endpoint.address == "service" else endpoint.conninfo, settings.resolve_every), hand_in
+        )
 
     def _may_go(self, watch: Watch) -> bool:
         is_maintained = self.registry.status(watch.settings.index).admin is Admin.MAINT
@@ -496,7 +498,11 @@ class Daemon:
             self.registry.record_lag(index, Lag(0, 0.0) if is_primary else Lag(None, None))
             return
         replica = self.registry.server(index)
-        others = [self.registry.server(other) for other in self._watches if other != index]
+        others = [
+            self.registry.server(other)
+            for other, seen in self._watches.items()
+            if other != index and seen.settings.address == "instance"
+        ]
         lag = lag_of(
             replica,
             others,

@@ -1,4 +1,4 @@
-"""A TCP relay in front of a server: holds bytes back, delays them, or resets connections.
+"""A TCP relay in front of one server or several: holds bytes back, delays them, or resets connections.
 
 Loopback only.  A black hole keeps what it is sent, in both directions, closing included, until it ends: as a network
 that drops packets does, whose peers send them again.
@@ -7,6 +7,7 @@ that drops packets does, whose peers send them again.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import struct
 import threading
@@ -22,14 +23,14 @@ RESET_AT_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time
 
 
 class Relay:
-    """Relays connections of `port` to a server until the `with` block ends.
+    """Relays connections of `port` to a server until the `with` block ends; to several in turn.
 
     `requests` counts by user what clients sent after their start-up message, a read at a time: with clients that
     wait for each answer, their queries.
     """
 
-    def __init__(self, target_port: int) -> None:
-        self._target_port = target_port
+    def __init__(self, *target_ports: int) -> None:
+        self._targets = itertools.cycle(target_ports)
         self._listener = socket.create_server((HOST, 0), backlog=128)
         self.port: int = self._listener.getsockname()[1]
         self.delay_s = 0.0  # before each chunk, in both directions
@@ -112,12 +113,12 @@ class Relay:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_CLOSE)
                 client.close()
             else:
-                self._start(self._serve, client)
+                self._start(self._serve, client, next(self._targets))
 
-    def _serve(self, client: socket.socket) -> None:
+    def _serve(self, client: socket.socket, target: int) -> None:
         """Relay one connection; this thread passes on what the client sends, another what the server answers."""
         try:
-            server = socket.create_connection((HOST, self._target_port))
+            server = socket.create_connection((HOST, target))
         except OSError:
             client.close()
             return
