@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar
 
@@ -13,7 +13,8 @@ from shmpool.names import POOL_NAME
 from shmpool_coordinator.config.conninfo import overlay_findings, place_findings
 from shmpool_coordinator.config.findings import Finding
 from shmpool_coordinator.config.tables import Access, Config, Endpoint, Group, Limits, Probe
-from shmpool_coordinator.config.values import MAX_PERMITS, NAME_EXPECTED, duration_text
+from shmpool_coordinator.config.values import MAX_PERMITS, NAME_EXPECTED, MaxLag, duration_text
+from shmpool_coordinator.probe import parse_conninfo
 
 # Server settings that have a key of their own.
 OWN_KEYS: Final[Mapping[str, str]] = {
@@ -24,6 +25,12 @@ OWN_KEYS: Final[Mapping[str, str]] = {
     "default_transaction_isolation": "isolation_level",
     "default_transaction_read_only": "readonly",
 }
+# What reaches a server behind a pooler in SQL; the second where transactions do not begin with it.
+SESSION_KEYS: Final = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "settings")
+TRANSACTION_KEYS: Final = ("isolation_level", "readonly")
+OPTIONS_WARNING: Final = (
+    "`options` behind a pooler: many refuse or ignore it (PgBouncer); use the group's `settings` instead"
+)
 # Group settings that are read, checked and published, and that workers of this version do not act on.
 NOT_IN_EFFECT: Final = (
     "leak_after",
@@ -128,7 +135,7 @@ def _endpoint_findings(name: str, endpoint: Endpoint) -> Iterator[Finding]:
     sources = [key for key, value in endpoint.credentials.model_dump().items() if value]
     if len(sources) > 1:
         yield Finding(f"{path}.credentials", " and ".join(sources), "at most one of them")
-    yield from place_findings(f"{path}.conninfo", name, endpoint.conninfo)
+    yield from place_findings(f"{path}.conninfo", name, endpoint)
 
 
 def _group_findings(path: str, group: Group, parts: _Parts) -> Iterator[Finding]:
@@ -167,6 +174,9 @@ def warnings_of(config: Config) -> list[str]:
             f"probe.fastinter: {duration_text(config.probe.fastinter)} is longer than inter,"
             f" {duration_text(config.probe.inter)}"
         )
+    for name, endpoint in config.endpoints.items():
+        if endpoint.via == "pooler" and "options" in parse_conninfo(endpoint.conninfo):
+            found.append(f"endpoints.{name}.conninfo: {OPTIONS_WARNING}")
     for name, group in config.groups.items():
         found += _group_warnings(f"groups.{name}", group, config)
     held = sum(group.per_worker_max for group in config.groups.values())
@@ -193,6 +203,25 @@ def _group_warnings(path: str, group: Group, config: Config) -> Iterator[str]:
         )
     if group.fallback_connections and group.target != "prefer-replica":
         yield (f"{path}.fallback_connections: has no effect with target {group.target}, only with prefer-replica")
+    yield from _pooler_warnings(path, group, [name for name in names if config.endpoints[name].via == "pooler"])
+    services = [name for name in names if config.endpoints[name].address == "service"]
+    if services and group.max_lag != MaxLag():
+        yield f"{path}.max_lag: has no effect at {', '.join(services)}: a name of several servers has no lag"
     for name in NOT_IN_EFFECT:
         if getattr(group, name) != type(group).model_fields[name].default:
             yield f"{path}.{name}: is accepted, but this version does nothing with it yet"
+
+
+def _pooler_warnings(path: str, group: Group, poolers: Sequence[str]) -> Iterator[str]:
+    if not poolers:
+        return
+    if "options" in parse_conninfo(group.conninfo):
+        yield f"{path}.conninfo: {OPTIONS_WARNING}"
+    in_sql = [key for key in SESSION_KEYS if getattr(group, key)]
+    if group.effective_autocommit:
+        in_sql += [key for key in TRANSACTION_KEYS if getattr(group, key) not in (False, "default")]
+    if in_sql:
+        yield (
+            f"{path}: {', '.join(in_sql)} behind {', '.join(poolers)}: set in SQL after each connect, which lasts in"
+            " session pooling only; in transaction pooling set them at the server, ALTER ROLE ... SET"
+        )

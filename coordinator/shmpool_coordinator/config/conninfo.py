@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
 from typing import Final
 
 from shmpool_coordinator.config.findings import Finding
+from shmpool_coordinator.config.tables import Endpoint
 from shmpool_coordinator.probe import make_conninfo, parse_conninfo
 
 SECRET_KEYWORDS: Final = frozenset(
     {"password", "sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret"}
 )
+BALANCED: Final = "the group's `policy` over [endpoints.*] instead"
+LISTS: Final = ("host", "hostaddr", "port")  # keywords that may hold several, separated by commas
+MAX_NAME: Final = 32
 PLACE_KEYWORDS: Final = ("host", "hostaddr", "port", "service", "servicefile")
 # Keywords that would work against the pool, and where their purpose is served.
 REFUSED_KEYWORDS: Final[Mapping[str, str]] = {
@@ -20,22 +27,49 @@ REFUSED_KEYWORDS: Final[Mapping[str, str]] = {
 }
 
 
-def place_findings(path: str, name: str, conninfo: str) -> Iterator[Finding]:
+def place_findings(path: str, name: str, endpoint: Endpoint) -> Iterator[Finding]:
     """Yield what an endpoint's conninfo may not hold, or lacks: it leads to one place."""
-    keywords = yield from _conninfo_findings(path, conninfo)
+    keywords = yield from _conninfo_findings(path, endpoint.conninfo)
     if keywords is None:
         return
     if not keywords.keys() & {"host", "hostaddr", "service"}:
         yield Finding(path, "no host", "host, hostaddr or service in it")
-    places = ("host", "hostaddr", "port")
-    hosts = max(len(keywords.get(key, "").split(",")) for key in places)
+    if "load_balance_hosts" in keywords and endpoint.address == "instance":
+        yield Finding(path, "`load_balance_hosts`", f'{BALANCED}, or address = "service" for a name of several servers')
+    service = read_service(keywords)
+    place = {key: value for key, value in service.items() if key in LISTS} | keywords
+    counts = {key: len(place[key].split(",")) for key in LISTS if place.get(key)}
+    hosts = max(counts.values(), default=1)
     if hosts > 1:
-        tables = _split_tables(name, keywords, hosts)
-        yield Finding(
-            path,
-            f"{hosts} hosts",
-            f"one; write a table for each, with its own max_connections:{tables}",
-        )
+        where = f", in the service {keywords['service']}" if service.keys() & counts.keys() - keywords.keys() else ""
+        expected = "one; write a table for each, with a max_connections of its own:"
+        if set(counts.values()) <= {hosts, 1}:
+            yield Finding(path, f"{hosts} hosts{where}", expected + _split_tables(name, place, hosts, endpoint))
+        else:
+            told = " and ".join(f"{count} in `{key}`" for key, count in counts.items())
+            yield Finding(path, f"several hosts{where} ({told}, which do not belong together)", "one host and one port")
+
+
+def read_service(keywords: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the keywords of the service that a conninfo names, from the first service file that has it.
+
+    Empty where there is none, or where libpq alone knows the file: it is advice for this process's environment.
+    """
+    service = keywords.get("service")
+    if not service:
+        return {}
+    own = keywords.get("servicefile") or os.environ.get("PGSERVICEFILE") or "~/.pg_service.conf"
+    for file in (own, f"{os.environ.get('PGSYSCONFDIR', '/etc')}/pg_service.conf"):
+        try:
+            lines = Path(os.path.expanduser(file)).read_text(errors="replace").splitlines()
+        except (OSError, ValueError):
+            continue
+        if f"[{service}]" in lines:
+            rest = lines[lines.index(f"[{service}]") + 1 :]
+            section = itertools.takewhile(lambda line: not line.startswith("["), rest)
+            pairs = (line.partition("=") for line in section if "=" in line and not line.startswith("#"))
+            return {key.strip(): value.strip() for key, _, value in pairs}
+    return {}
 
 
 def overlay_findings(path: str, conninfo: str) -> Iterator[Finding]:
@@ -44,6 +78,8 @@ def overlay_findings(path: str, conninfo: str) -> Iterator[Finding]:
     for key in PLACE_KEYWORDS:
         if key in (keywords or {}):
             yield Finding(path, f"`{key}`", "no place in it: that is the endpoint's")
+    if keywords is not None and "load_balance_hosts" in keywords:
+        yield Finding(path, "`load_balance_hosts`", BALANCED)
 
 
 def _conninfo_findings(path: str, conninfo: str) -> Generator[Finding, None, dict[str, str] | None]:
@@ -70,20 +106,22 @@ def _conninfo_findings(path: str, conninfo: str) -> Generator[Finding, None, dic
     return keywords
 
 
-def _split_tables(name: str, keywords: Mapping[str, str], hosts: int) -> str:
+def _split_tables(name: str, keywords: Mapping[str, str], hosts: int, endpoint: Endpoint) -> str:
     """Return the tables that say the same as one conninfo with several hosts, indented."""
-    kept = {k: v for k, v in keywords.items() if k not in SECRET_KEYWORDS | REFUSED_KEYWORDS.keys()}
+    left_out = SECRET_KEYWORDS | REFUSED_KEYWORDS.keys() | {"load_balance_hosts"}
+    kept = {key: value for key, value in keywords.items() if key not in left_out}
     lines = []
     for number in range(hosts):
         own = dict(kept)
-        for key in ("host", "hostaddr", "port"):
+        for key in LISTS:
             values = kept.get(key, "").split(",")
-            if len(values) > 1:
-                own[key] = values[min(number, len(values) - 1)]
+            own[key] = values[number if len(values) > 1 else 0]
         conninfo = make_conninfo({key: value for key, value in own.items() if value})
         conninfo = conninfo.replace("\\", "\\\\").replace('"', '\\"')
+        suffix = f"-{number + 1}" if number else ""
         lines += [
-            f"[endpoints.{name}{f'-{number + 1}' if number else ''}]",
+            f"[endpoints.{name[: MAX_NAME - len(suffix)]}{suffix}]",
             f'conninfo = "{conninfo}"',
+            f"max_connections = {endpoint.max_connections}  # at this server",
         ]
     return "".join(f"\n      {line}" for line in lines)
