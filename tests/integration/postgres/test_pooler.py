@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import psycopg2
 import pytest
@@ -15,6 +15,7 @@ from shmpool.names import Names
 from shmpool.observation import observe
 from shmpool.settings import Credentials, EndpointSettings
 from shmpool.states import Health, Role, Verdict
+from shmpool_coordinator.health import ProbeResult
 from shmpool_coordinator.probe import Probe
 from tests.support.coordinator import CoordinatorProcess, endpoint_keys, pool_config, running_coordinator
 from tests.support.pgbouncer import Bouncer, running_pgbouncer
@@ -46,7 +47,6 @@ GROUPS = {
     "bounded-tx": f'{KEYS}"any"\nautocommit = false{TIMEOUTS}',
     "reset": f'{KEYS}"any"\nautocommit = true\nreset = "session"{TIMEOUTS}',
     "strict": f'{KEYS}"any"\nautocommit = false\n{STRICT}',
-    "direct": f'connections = 3\nendpoints = ["direct"]\ntarget = "any"\nautocommit = true\n{STRICT}{TIMEOUTS}',
 }
 
 
@@ -71,10 +71,9 @@ def bouncer(primary: Server) -> Iterator[Bouncer]:
 
 
 @pytest.fixture(scope="module")
-def coordinator(primary: Server, bouncer: Bouncer) -> Iterator[CoordinatorProcess]:
-    """A coordinator of `through`, the server behind the pooler, and `direct`, the same without it."""
-    endpoints = {"through": through(bouncer), "direct": endpoint_keys(primary.conninfo())}
-    with coordinating(f"pooler{os.getpid()}", endpoints, GROUPS) as coordinator:
+def coordinator(bouncer: Bouncer) -> Iterator[CoordinatorProcess]:
+    """A coordinator of `through`, the server behind the pooler."""
+    with coordinating(f"pooler{os.getpid()}", {"through": through(bouncer)}, GROUPS) as coordinator:
         yield coordinator
 
 
@@ -97,9 +96,9 @@ def test_a_group_without_settings_works(pool: Pool) -> None:
         assert one_value(conn, "SELECT NOT pg_is_in_recovery()")
 
 
-@pytest.mark.parametrize("group", ["bounded", "bounded-tx", "direct"])
+@pytest.mark.parametrize("group", ["bounded", "bounded-tx"])
 def test_settings_are_in_effect(pool: Pool, group: str) -> None:
-    """Each bound and setting of a group is what its connections SHOW, directly and through the pooler."""
+    """Each bound and setting of a group is what its connections SHOW, as they are without a pooler (test_open.py)."""
     with pool.connection(group) as conn:
         assert {name: one_value(conn, f"SHOW {name}") for name in IN_EFFECT} == IN_EFFECT
 
@@ -112,11 +111,10 @@ def test_settings_outlive_a_reset(pool: Pool) -> None:
         assert {name: one_value(conn, f"SHOW {name}") for name in IN_EFFECT} == IN_EFFECT
 
 
-@pytest.mark.parametrize("group", ["strict", "direct"])
-def test_transactions_are_as_the_group_wants_them(pool: Pool, group: str) -> None:
+def test_transactions_are_as_the_group_wants_them(pool: Pool) -> None:
     """Isolation level and read-only hold, also after a user of the connection chose others."""
     for _ in range(2):
-        with pool.connection(group) as conn:
+        with pool.connection("strict") as conn:
             assert one_value(conn, "SHOW transaction_isolation") == "serializable"
             assert one_value(conn, "SHOW transaction_read_only") == "on"
             conn.rollback()
@@ -173,20 +171,17 @@ def test_a_pooler_whose_server_does_not_answer(pool_name: str, monkeypatch: pyte
             assert one_value(conn, "SELECT 1") == 1
 
 
-def probed(conninfo: str) -> Verdict:
-    """Return what a probe through a pooler makes of an endpoint."""
+def probed(conninfo: str) -> ProbeResult:
+    """Return what a probe through a pooler sees of an endpoint."""
     settings = EndpointSettings(0, "pg1", conninfo, 3, 1, False, "instance", "pooler", Credentials("", (), ""))
-    probe = Probe(settings, pool="web")
-    try:
-        result = probe.check()
-        assert (result.role is Role.PRIMARY) is (result.verdict is Verdict.OK)
-        return result.verdict
-    finally:
-        probe.close()
+    with closing(Probe(settings, pool="web")) as probe:
+        return probe.check()
 
 
 def test_probes_understand_the_pooler(bouncer: Bouncer) -> None:
     """What PgBouncer says itself is told from a failing server, though it gives all of it one SQLSTATE."""
-    assert probed(bouncer.conninfo()) is Verdict.OK
-    assert probed(bouncer.conninfo("nowhere")) is Verdict.MISCONFIGURED
-    assert probed(bouncer.conninfo(user="stranger")) is Verdict.MISCONFIGURED
+    result = probed(bouncer.conninfo())
+    assert (result.verdict, result.role) == (Verdict.OK, Role.PRIMARY)
+    for wrong in (bouncer.conninfo("nowhere"), bouncer.conninfo(user="stranger")):
+        result = probed(wrong)
+        assert result.verdict is Verdict.MISCONFIGURED, result.error
