@@ -141,3 +141,17 @@ def test_server_that_does_not_tell_positions_has_no_lag(daemon: Daemon) -> None:
     see(daemon, 0, Role.PRIMARY)
     see(daemon, 1, Role.REPLICA, lsn=None, system_identifier=None, timeline=None)
     assert daemon.registry.lag(1).seconds is None
+
+
+def test_a_name_of_several_servers_is_nobodys_primary(pool_name: str) -> None:
+    """A replica beside such a name is as late as it says itself: no primary is waited for that could tell better."""
+    plain = config_of(pool_name, endpoints=ENDPOINTS)
+    name = plain.endpoints["pg2"].model_copy(update={"address": "service"})
+    daemon = Daemon(plain.model_copy(update={"endpoints": {**plain.endpoints, "pg2": name}}))
+    try:
+        see(daemon, 1, Role.UNKNOWN, timeline=None, system_identifier=None, lsn=None)
+        see(daemon, 0, Role.REPLICA, lag_s=3.0, lag_bytes=5)
+        assert daemon.registry.lag(0) == Lag(5, 3.0)
+        assert verdicts(daemon) == [Verdict.OK, Verdict.OK]
+    finally:
+        daemon._end()
