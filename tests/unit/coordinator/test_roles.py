@@ -27,13 +27,13 @@ def daemon(pool_name: str) -> Iterator[Daemon]:
 def see(daemon: Daemon, index: int, role: Role, **changes: Any) -> None:
     """Hand in the result of a probe that was answered."""
     values = {"timeline": 1, "system_identifier": 7, "lsn": 1000, "server_version": 170000} | changes
-    daemon._advance(daemon._watches[index], ProbeResult(verdict=Verdict.OK, role=role, **values))
+    daemon.lookout.advance(index, ProbeResult(verdict=Verdict.OK, role=role, **values))
 
 
 def fail(daemon: Daemon, index: int, times: int = 1) -> None:
     """Hand in the results of probes that timed out."""
     for _ in range(times):
-        daemon._advance(daemon._watches[index], ProbeResult(verdict=Verdict.TIMEOUT))
+        daemon.lookout.advance(index, ProbeResult(verdict=Verdict.TIMEOUT))
 
 
 def verdicts(daemon: Daemon) -> list[Verdict]:
