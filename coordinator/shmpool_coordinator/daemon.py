@@ -25,13 +25,15 @@ from shmpool.names import Names
 from shmpool.rows import owner_of, parent_of
 from shmpool.segment import Segment
 from shmpool.states import Admin
+from shmpool_coordinator.adoption import Access, lock_pool
 from shmpool_coordinator.arbiter import Arbiter, waiting_groups
 from shmpool_coordinator.config import Config, ConfigError
 from shmpool_coordinator.control import Control, Peer, Reply, RequestError
+from shmpool_coordinator.endpoints import UnknownEndpointError
 from shmpool_coordinator.lookout import Lookout
 from shmpool_coordinator.origin import File, Origin, password_findings
 from shmpool_coordinator.reaper import Reaper
-from shmpool_coordinator.registry import Access, Registry, UnknownEndpointError, lock_pool
+from shmpool_coordinator.registry import Registry
 from shmpool_coordinator.repair import RepairError
 from shmpool_coordinator.sessions import Sessions
 
@@ -183,7 +185,7 @@ class Daemon:
             self.permits.ring_waiting(*waiting_groups(waiters))
         now = monotonic()
         assert self.registry.settings is not None
-        usable = self.registry.usable_endpoints() if waiters else {}
+        usable = self.registry.endpoints.usable() if waiters else {}
         rows = self.arbiter.tick(waiters, self.registry.settings, usable, self.permits, now)
         rows |= self._rows_to_leave()
         if rows:
@@ -202,7 +204,7 @@ class Daemon:
 
     def _rows_to_leave(self) -> set[int]:
         """Return the worker rows with something new to close: connections that rest at endpoints that are not READY."""
-        drained = self.registry.drained_endpoints()
+        drained = self.registry.endpoints.drained()
         resting = self.arbiter.idle_at(drained) if drained else {}
         told, self._sent_home = self._sent_home, resting
         per_row = self.segment.layout.slots_per_worker
@@ -372,10 +374,10 @@ class Daemon:
         if wish not in wishes:
             raise RequestError(f"admin is {wish[:40]!r}, expected one of {', '.join(wishes)}")
         try:
-            status = self.registry.set_operator_wish(name, wishes[wish])
+            status = self.registry.endpoints.set_operator_wish(name, wishes[wish])
         except UnknownEndpointError as error:
             raise RequestError(str(error)) from None
-        alone = self.registry.groups_left_alone_by(name)
+        alone = self.registry.endpoints.groups_left_alone_by(name)
         log.warning("endpoint %s: %s, as pid %d (uid %d) asked for", name, wish, peer.pid, peer.uid)
         if alone:
             log.warning("endpoint %s: without it no endpoint is eligible for group %s", name, ", ".join(alone))
@@ -461,7 +463,7 @@ class Daemon:
         old = self.registry
         old.unlink_segment()
         try:
-            registry = Registry(self.names, self._successor, old.locks, old.operator_wishes())
+            registry = Registry(self.names, self._successor, old.locks, old.endpoints.operator_wishes())
         except (MechanismError, ValueError, OSError) as error:
             log.critical("pool %s: no successor could be made: %s", self.names.pool, error)
             self._exit_code, self._is_ending = EXIT_DAMAGED, True

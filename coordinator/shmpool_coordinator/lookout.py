@@ -75,6 +75,7 @@ class Lookout:
             on_new_epoch: told that workers must look at what rests at some endpoint.
         """
         self._registry = registry
+        self._endpoints = registry.endpoints
         self._arbiter = arbiter
         self._passwords = passwords
         self._wake = wake
@@ -95,7 +96,7 @@ class Lookout:
                     endpoint,
                     probe,
                     self._prober(endpoint),
-                    health.hasten(self._registry.known_health(index), monotonic()),
+                    health.hasten(self._endpoints.known_health(index), monotonic()),
                 )
 
     def _prober(self, endpoint: EndpointSettings) -> Prober:
@@ -137,7 +138,7 @@ class Lookout:
         return not self._results.empty()
 
     def _may_go(self, watch: Watch) -> bool:
-        is_maintained = self._registry.status(watch.settings.index).admin is Admin.MAINT
+        is_maintained = self._endpoints.status(watch.settings.index).admin is Admin.MAINT
         return not watch.prober.is_busy and not is_maintained
 
     def take_results(self) -> None:
@@ -176,21 +177,21 @@ class Lookout:
         watch.result = result
         if result.verdict is Verdict.MISCONFIGURED and self._passwords is not None:
             self._passwords.refused(watch.settings.name)
-        self._registry.record_probe(index, watch.health, result)
+        self._endpoints.record_probe(index, watch.health, result)
         self._record_lag(watch, now)
         for other in self._watches.values():  # a promotion supersedes another primary at once
             if other is not watch:
-                self._registry.judge(other.settings.index, other.health)
+                self._endpoints.judge(other.settings.index, other.health)
             self._tell(other)
         if self._epochs() != epochs:
             self._on_new_epoch()
-        if self._registry.has_vacant_role():
+        if self._endpoints.has_vacant_role():
             soon = now + self._registry.config.probe.fastinter
             for other in self._watches.values():
                 other.health = health.hasten(other.health, soon)
 
     def _epochs(self) -> dict[int, int]:
-        return {index: self._registry.status(index).epoch for index in self._watches}
+        return {index: self._endpoints.status(index).epoch for index in self._watches}
 
     def _is_used(self, watch: Watch) -> bool:
         """Whether a worker used the endpoint with success since its last probe, and since any evidence against it.
@@ -227,24 +228,24 @@ class Lookout:
             return
         if watch.health.role is not Role.REPLICA or result.lsn is None:
             is_primary = watch.health.role is Role.PRIMARY
-            self._registry.record_lag(index, Lag(0, 0.0) if is_primary else Lag(None, None))
+            self._endpoints.record_lag(index, Lag(0, 0.0) if is_primary else Lag(None, None))
             return
-        replica = self._registry.server(index)
-        others = [self._registry.server(other) for other in self._watches if other != index]
+        replica = self._endpoints.server(index)
+        others = [self._endpoints.server(other) for other in self._watches if other != index]
         lag = lag_of(
             replica,
             others,
             replay_age=result.lag_s,
             unreplayed=result.lag_bytes,
             level_for=None if watch.level_at is None else now - watch.level_at,
-            last=self._registry.lag(index),
+            last=self._endpoints.lag(index),
         )
         if lag.bytes == 0 and not is_lag_old(replica, others):
             watch.level_at = now
-        self._registry.record_lag(index, lag)
+        self._endpoints.record_lag(index, lag)
 
     def _tell(self, watch: Watch) -> None:
-        status = self._registry.status(watch.settings.index)
+        status = self._endpoints.status(watch.settings.index)
         now = (status.health, status.role, status.verdict)
         if now == watch.told:
             return
@@ -290,7 +291,7 @@ class Lookout:
             watch.settings.name: {
                 "health": watch.health.health.name,
                 "role": watch.health.role.name,
-                "verdict": self._registry.status(watch.settings.index).verdict.name,
+                "verdict": self._endpoints.status(watch.settings.index).verdict.name,
                 "error": watch.health.error[:500],
             }
             for watch in self._watches.values()
