@@ -15,26 +15,22 @@ import signal
 import socket
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from shmpool.clock import monotonic
 from shmpool.errors import MechanismError
-from shmpool.frames import Message
-from shmpool.layout import WORKERS
 from shmpool.names import Names
-from shmpool.rows import owner_of, parent_of
+from shmpool.rows import parent_of
 from shmpool.segment import Segment
-from shmpool.states import Admin
 from shmpool_coordinator.adoption import Access, lock_pool
 from shmpool_coordinator.arbiter import Arbiter, waiting_groups
 from shmpool_coordinator.config import Config, ConfigError
-from shmpool_coordinator.control import Control, Peer, Reply, RequestError
-from shmpool_coordinator.endpoints import UnknownEndpointError
+from shmpool_coordinator.control import Control
 from shmpool_coordinator.lookout import Lookout
-from shmpool_coordinator.origin import File, Origin, password_findings
+from shmpool_coordinator.origin import File, Origin
 from shmpool_coordinator.reaper import Reaper
 from shmpool_coordinator.registry import Registry
-from shmpool_coordinator.repair import RepairError
+from shmpool_coordinator.requests import Requests
 from shmpool_coordinator.sessions import Sessions
 
 TICK_S: Final = 0.1
@@ -107,11 +103,12 @@ class Daemon:
         self._next_check = 0.0
         self._last_used = monotonic()
         self._clock_offset = time.time() - monotonic()
+        self.requests = Requests(self, self._origin, heartbeat_s=TICK_S, linger_s=linger_s)
         self.control = Control(
             self.names,
             self._selector,
-            self._serve,
-            self._worker_ended,
+            self.requests.serve,
+            self.worker_ended,
             mode=self._access.mode,
             gid=self._access.gid,
             max_peers=_peers_of(self.segment),
@@ -284,144 +281,32 @@ class Daemon:
             lookup=self._origin.passwords,
         )
 
-    # -- messages ----------------------------------------------------------------------------------
+    # -- what peers ask for ------------------------------------------------------------------------
 
-    def _serve(self, peer: Peer, message: Message) -> Reply | None:
-        serve = {
-            "hello": self._hello,
-            "look": self._look,
-            "waiting": self._waiting,
-            "evidence": self._evidence,
-            "info": self._info,
-            "reload": self._reload,
-            "admin": self._admin,
-            "retire": self._retire,
-            "repair": self._repair,
-            "passwords": self._passwords,
-            "stop": self._stop,
-        }.get(message["type"])
-        if serve is None:
-            raise RequestError(f"message type {str(message['type'])[:40]!r} is not known")
-        return serve(peer, message)
-
-    def _hello(self, peer: Peer, message: Message) -> Reply:
-        row, generation = _integer(message, "row"), _integer(message, "generation")
-        if not self.registry.is_row_of(row, generation):
-            raise RequestError(f"worker row {row} has not generation {generation}")
-        peer.row, peer.generation = row, generation
-        owner = owner_of(self.segment, row)
-        if not peer.pid or (owner.pid == peer.pid and owner.visibly_lives()):  # 0: of another pid namespace
-            self.control.watch(peer)
-        return Reply("welcome", {"pid": os.getpid(), "heartbeat": TICK_S})
-
-    def _look(self, _peer: Peer, message: Message) -> None:
-        """A process ended, as its parent knows: look at its rows now."""
-        pid = _integer(message, "pid")
-        for row in range(self.segment.layout.workers):
-            if pid and self.segment.words[self.segment.layout.at(WORKERS, row, "pid")] == pid:
-                self._worker_ended(row)
-
-    def _waiting(self, _peer: Peer, message: Message) -> None:
-        _integer(message, "group")
+    def tick_soon(self) -> None:
+        """Tick in this turn of the loop."""
         self._next_tick = 0.0
 
-    def _evidence(self, _peer: Peer, message: Message) -> None:
-        index = _integer(message, "endpoint")
-        if not self.lookout.take_evidence(index):
-            raise RequestError(f"endpoint {index} is not configured")
-
-    def _info(self, _peer: Peer, _message: Message) -> Reply:
-        return Reply(
-            "info",
-            {
-                "pid": os.getpid(),
-                "pool": self.names.pool,
-                "config_file": self.registry.config.source,
-                "linger": self._linger_s,
-                "workers": sum(peer.row is not None for peer in self.control.peers),
-                "adoptions": self.segment.header("coordinator_adoptions"),
-                "endpoints": self.lookout.describe(),
-            },
-        )
-
-    def _reload(self, _peer: Peer, _message: Message) -> Reply:
-        try:
-            return Reply("reloaded", {"changes": self.reload()})
-        except (ConfigError, ValueError, OSError) as error:
-            raise RequestError(str(error)) from None
-
-    def _passwords(self, peer: Peer, message: Message) -> Reply:
-        """A process with the same configuration hands its passwords over: one may be newer than what is known."""
-        known = self._origin.passwords
-        if known is None:
-            raise RequestError(
-                f"pool {self.names.pool!r}: its configuration says where passwords are read, none is taken from here"
-            )
-        given: Any = message.get("passwords")
-        wrong = list(map(str, password_findings(given, self.registry.config.endpoints)))
-        if wrong:
-            raise RequestError("; ".join(wrong))
-        for name in self.lookout.names():
-            if name in given and known.take(name, given[name]):
-                log.info("endpoint %s: pid %d gave another password", name, peer.pid)
-                self.lookout.take_password(name)
-        return Reply("taken", {})
-
-    def _admin(self, peer: Peer, message: Message) -> Reply:
-        """Note what an operator wants of an endpoint; the next tick, which is now, sends home what rests there."""
-        name, wish = _text(message, "endpoint"), _text(message, "admin")
-        wishes = {admin.name.lower(): admin for admin in Admin}
-        if wish not in wishes:
-            raise RequestError(f"admin is {wish[:40]!r}, expected one of {', '.join(wishes)}")
-        try:
-            status = self.registry.endpoints.set_operator_wish(name, wishes[wish])
-        except UnknownEndpointError as error:
-            raise RequestError(str(error)) from None
-        alone = self.registry.endpoints.groups_left_alone_by(name)
-        log.warning("endpoint %s: %s, as pid %d (uid %d) asked for", name, wish, peer.pid, peer.uid)
-        if alone:
-            log.warning("endpoint %s: without it no endpoint is eligible for group %s", name, ", ".join(alone))
+    def worker_ended(self, row: int) -> None:
+        """Look in this turn whether the worker of a row has ended."""
+        self._ended_rows.add(row)
         self._next_tick = 0.0
-        return Reply(
-            "admin",
-            {
-                "endpoint": name,
-                "admin": status.admin.name.lower(),
-                "operator": status.admin_operator.name.lower(),
-                "configuration": status.admin_config.name.lower(),
-                "groups_left_alone": alone,
-            },
-        )
 
-    def _retire(self, peer: Peer, _message: Message) -> Reply:
-        """Let everybody leave the segment; `tick` makes its successor when the last one has."""
-        try:
-            self._successor = self._load()
-        except (ConfigError, ValueError, OSError) as error:
-            raise RequestError(f"nothing changed, as the successor could not be made: {error}") from None
+    def stop(self) -> None:
+        """End after this turn."""
+        self._is_ending = True
+
+    def retire(self, asked_by: int) -> None:
+        """Let everybody leave the segment; `tick` makes its successor when the last one has.
+
+        Raises:
+            ConfigError, ValueError, OSError: the successor could not be made; nothing was changed.
+        """
+        self._successor = self._load()
         if not self.registry.is_retired:
-            log.warning("pool %s: retired, as pid %d asked for", self.names.pool, peer.pid)
+            log.warning("pool %s: retired, as pid %d asked for", self.names.pool, asked_by)
             self.registry.retire()
             self.control.send_workers("config")
-        self._next_tick = 0.0
-        return Reply("retired", {"token": f"{self.segment.token:016x}"})
-
-    def _repair(self, peer: Peer, message: Message) -> Reply:
-        apply = message.get("apply") is True
-        if apply:
-            log.warning("pool %s: repair asked for by pid %d", self.names.pool, peer.pid)
-        try:
-            return Reply("repairs", {"repairs": self.registry.repair(apply=apply)})
-        except RepairError as error:
-            raise RequestError(str(error)) from None
-
-    def _stop(self, peer: Peer, _message: Message) -> Reply:
-        log.info("pool %s: stop asked for by pid %d, ending", self.names.pool, peer.pid)
-        self._is_ending = True
-        return Reply("stopping", {"pid": os.getpid()})
-
-    def _worker_ended(self, row: int) -> None:
-        self._ended_rows.add(row)
         self._next_tick = 0.0
 
     def reload(self) -> list[str]:
@@ -543,17 +428,3 @@ def _make_room(files: int) -> None:
     wanted = files if hard == resource.RLIM_INFINITY else min(files, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _integer(message: Message, key: str) -> int:
-    value: Any = message.get(key)
-    if type(value) is not int:
-        raise RequestError(f"{message['type']}: {key} is {str(value)[:40]!r}, expected a whole number")
-    return value
-
-
-def _text(message: Message, key: str) -> str:
-    value: Any = message.get(key)
-    if type(value) is not str:
-        raise RequestError(f"{message['type']}: {key} is {str(value)[:40]!r}, expected a text")
-    return value
