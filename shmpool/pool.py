@@ -34,6 +34,7 @@ from shmpool.bounded import bounded
 from shmpool.clock import monotonic
 from shmpool.connection import Connection, are_spent, make_recipe, restore
 from shmpool.credentials import Lookup
+from shmpool.endpoints import is_down
 from shmpool.errors import DisownedError, MechanismError, SegmentMissingError, SegmentRetiredError
 from shmpool.freshness import acquire_after
 from shmpool.handle import Handle
@@ -43,6 +44,7 @@ from shmpool.names import Names
 from shmpool.pool_errors import ConfigurationDiffers, CoordinatorNotRunning, PoolClosed, PoolError, UnknownGroup
 from shmpool.position import CommitPosition
 from shmpool.settings import GIVEN, GroupSettings
+from shmpool.silence import cut_unanswered
 
 if TYPE_CHECKING:
     from shmpool.document import Document
@@ -398,6 +400,7 @@ class Pool:
         state.tidy()
         for local in state.groups.values():
             local.look_after_idle()
+        state.cut_unanswered(self.name)
         if not state.attachment.is_current() or state.attachment.is_outdated():
             with contextlib.suppress(PoolError):
                 self._joined()
@@ -450,6 +453,21 @@ class _State:
     def tidy(self) -> None:
         """Close what was dropped without checkin, and give its permits back."""
         tidy(self.attachment.table)
+
+    def cut_unanswered(self, pool: str) -> None:
+        """Cut what waits for a server that is DOWN and does not answer."""
+        attachment = self.attachment
+        held = attachment.table.resources()
+        down = {index for index, _ in held if is_down(attachment.segment, index)}
+        if not down:
+            return
+        cut = cut_unanswered(conn for index, conn in held if index in down and isinstance(conn, Connection))
+        if cut:
+            import logging  # cold, and an application has it anyway
+
+            logging.getLogger("shmpool").warning(
+                "pool %s: cut %d connections in use: their server is DOWN and does not answer", pool, cut
+            )
 
     def retire(self) -> bool:
         """Give back what rests, and the rows when nothing is in use any more; return whether that is so."""
