@@ -75,6 +75,7 @@ class Connection(connection):
     marks: list[weakref.ref[cursor] | None]  # what a checkin must look after: cursors, and None for a session change
     opened_encoding: str
     opened_at: float  # CLOCK_MONOTONIC
+    socket_inode: int  # tells its socket from whatever has the descriptor's number later
     is_cut: bool  # this side shut the socket down: the end of the stream says nothing about the server's end
     seen: Standing | None = None  # where its server stood when it was asked last; it has not gone back since
     own_cursor: type[cursor] = cursor  # for what the pool itself asks
@@ -83,6 +84,7 @@ class Connection(connection):
         super().__init__(dsn, *args, **kwargs)
         self.marks = []
         self.opened_at = monotonic()
+        self.socket_inode = os.fstat(self.fileno()).st_ino
         self.is_cut = False
         self.opened_encoding = self.encoding
 

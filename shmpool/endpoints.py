@@ -17,7 +17,7 @@ from shmpool.routing import Candidate
 from shmpool.segment import Segment
 from shmpool.settings import EndpointSettings
 from shmpool.slots import EndpointPermits, GroupPermits
-from shmpool.states import Verdict
+from shmpool.states import Health, Verdict
 from shmpool.words import ORPHAN, PART_MASK, Control, Status
 
 _STATUS = ENDPOINTS.column("status")
@@ -32,6 +32,11 @@ _SYSTEM = ENDPOINTS.column("system_identifier")
 def status_at(segment: Segment, index: int) -> int:
     """Return where an endpoint's status word lies."""
     return segment.layout.at(ENDPOINTS, index) + _STATUS
+
+
+def is_down(segment: Segment, index: int) -> bool:
+    """Whether the coordinator says, or said last, that an endpoint does not serve."""
+    return Status.of(segment.words[status_at(segment, index)]).health is Health.DOWN
 
 
 def read_candidate(segment: Segment, settings: EndpointSettings, permits: EndpointPermits) -> Candidate:

@@ -23,11 +23,14 @@ from psycopg2 import OperationalError
 from shmpool.clock import monotonic
 from shmpool.connection import asked_standing
 from shmpool.endpoints import heartbeat_age, read_sighting
-from shmpool.local_group import Attempt, Lease, LocalGroup, refuse_in_event_loop
+from shmpool.lease import Lease, give_back
+from shmpool.local_group import LocalGroup
 from shmpool.pool_errors import PositionNotReached
 from shmpool.position import CommitPosition, Standing, is_void, shows
+from shmpool.router import Attempt
 from shmpool.routing import is_role_allowed
 from shmpool.states import Role
+from shmpool.waiting import refuse_in_event_loop
 
 ASK_S: Final = 0.5  # a server that does not say in time where it stands is cut off
 POLL_S: Final = 0.005  # between two questions to the same server
@@ -91,7 +94,7 @@ def _is_asked_to_show(lease: Lease, after: CommitPosition) -> bool:
 def _let_rest(lease: Lease) -> None:
     """Put a connection that does not serve back to rest; close one that is of no use to others either."""
     if lease.connection.closed or lease.connection.is_cut:
-        lease.group.give_back(lease)
+        give_back(lease)
     else:
         lease.group.put_idle(lease)
 
@@ -154,7 +157,7 @@ def _opened(group: LocalGroup, after: CommitPosition, deadline: float) -> Lease:
         elif attempt.route is not None and attempt.route.order and not has_made_room:
             has_made_room = True  # the permit that is missing may be held by a connection that does not serve
             if (resting := group.pop_idle()) is not None:
-                group.give_back(resting)
+                give_back(resting)
                 continue
         if (remaining := deadline - monotonic()) <= 0:
             if attempt.failures or (attempt.route is not None and attempt.route.order):

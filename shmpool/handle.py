@@ -21,7 +21,7 @@ from psycopg2.extensions import cursor
 from shmpool.pool_errors import ConnectionGivenBackError
 
 if TYPE_CHECKING:
-    from shmpool.local_group import Lease
+    from shmpool.lease import Lease
     from shmpool.position import CommitPosition
 
 _METHODS: Final = (

@@ -34,14 +34,17 @@ from shmpool.bounded import bounded
 from shmpool.clock import monotonic
 from shmpool.connection import Connection, are_spent, make_recipe, restore
 from shmpool.credentials import Lookup
+from shmpool.endpoints import is_down
 from shmpool.errors import DisownedError, MechanismError, SegmentMissingError, SegmentRetiredError
 from shmpool.freshness import acquire_after
 from shmpool.handle import Handle
-from shmpool.local_group import BYPASS_S, Lease, LocalGroup, tidy
+from shmpool.lease import BYPASS_S, Lease, give_back, tidy
+from shmpool.local_group import LocalGroup
 from shmpool.names import Names
 from shmpool.pool_errors import ConfigurationDiffers, CoordinatorNotRunning, PoolClosed, PoolError, UnknownGroup
 from shmpool.position import CommitPosition
 from shmpool.settings import GIVEN, GroupSettings
+from shmpool.silence import cut_unanswered
 
 if TYPE_CHECKING:
     from shmpool.document import Document
@@ -343,7 +346,7 @@ class Pool:
         began = monotonic()
         deadline = None if timeout is None else began + timeout
         if lease is not None and not lease.group.attachment.is_current():
-            lease.group.give_back(lease)  # before the wait for a successor, which it would keep from opening
+            give_back(lease)  # before the wait for a successor, which it would keep from opening
             lease = None
         while True:
             state = self._joined_by(began + JOIN_WITHIN_S if deadline is None else deadline)
@@ -381,7 +384,7 @@ class Pool:
         elif restore(lease.connection, lease.recipe):
             lease.group.put_idle(lease)
         else:
-            lease.group.give_back(lease)
+            give_back(lease)
 
     def rest(self) -> int:
         """Give idle connections back; return how many there were (before a fork)."""
@@ -397,6 +400,7 @@ class Pool:
         state.tidy()
         for local in state.groups.values():
             local.look_after_idle()
+        state.cut_unanswered(self.name)
         if not state.attachment.is_current() or state.attachment.is_outdated():
             with contextlib.suppress(PoolError):
                 self._joined()
@@ -432,7 +436,7 @@ class _State:
             }
             known = self.groups.get(name)
             if known is not None and known.leads_to_the_same(recipes):
-                known.settings, known.recipes, known.permits = settings, recipes, permits
+                known.follow(settings, permits, recipes)
                 groups[name] = known
             else:
                 groups[name] = LocalGroup(pool, attachment, settings, permits, recipes)
@@ -449,6 +453,21 @@ class _State:
     def tidy(self) -> None:
         """Close what was dropped without checkin, and give its permits back."""
         tidy(self.attachment.table)
+
+    def cut_unanswered(self, pool: str) -> None:
+        """Cut what waits for a server that is DOWN and does not answer."""
+        attachment = self.attachment
+        held = attachment.table.resources()
+        down = {index for index, _ in held if is_down(attachment.segment, index)}
+        if not down:
+            return
+        cut = cut_unanswered(conn for index, conn in held if index in down and isinstance(conn, Connection))
+        if cut:
+            import logging  # cold, and an application has it anyway
+
+            logging.getLogger("shmpool").warning(
+                "pool %s: cut %d connections in use: their server is DOWN and does not answer", pool, cut
+            )
 
     def retire(self) -> bool:
         """Give back what rests, and the rows when nothing is in use any more; return whether that is so."""

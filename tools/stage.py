@@ -29,6 +29,7 @@ from shmpool import tables
 from shmpool.launch import serving_pid
 from shmpool.names import Names
 from shmpool.observation import observe
+from shmpool.rows import start_time
 from shmpool.states import Health
 from tools.pg_cluster import HOST, Cluster
 
@@ -113,12 +114,16 @@ class Child:
         return self.process.poll() is None
 
     def is_left(self) -> bool:
-        """Whether any process of its group lives."""
+        """Whether any process of its group lives; one that ended and was not reaped yet by init does not."""
+        return any(
+            start_time(pid) is not None for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self._has(pid)
+        )
+
+    def _has(self, pid: int) -> bool:
         try:
-            os.killpg(self.pid, 0)
+            return os.getpgid(pid) == self.pid
         except ProcessLookupError:
             return False
-        return True
 
     def stop(self) -> None:
         """Ask it to end; kill its whole group if it does not in time."""

@@ -29,6 +29,7 @@ from psycopg2.extensions import make_dsn
 from shmpool.clock import monotonic
 from shmpool.connection import close_cursors
 from shmpool.handle import Handle
+from shmpool.lease import give_back
 from shmpool.names import POOL_NAME
 from shmpool.pgdbpool import session
 from shmpool.pgdbpool.configuration import EndpointSettings, GroupSettings, Settings
@@ -230,7 +231,7 @@ def _discard(handle: Handle) -> None:
     if lease is not None:
         close_cursors(lease.connection)
         handle._lease = None
-        lease.group.give_back(lease)
+        give_back(lease)
 
 
 @contextmanager

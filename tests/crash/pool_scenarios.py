@@ -14,7 +14,8 @@ from psycopg2 import OperationalError
 from shmpool import Pool, PoolTimeout
 from shmpool.handle import Handle
 from shmpool.layout import ENDPOINTS
-from shmpool.local_group import BYPASS_S, Lease, Presence, Waiter
+from shmpool.lease import BYPASS_S, Lease
+from shmpool.waiting import Presence, Waiter
 from shmpool.words import Status
 from tests.support.crashing import Host
 from tests.support.stand_in import Server, StandIn
@@ -171,7 +172,7 @@ def give_back_to_the_queue(scene: Scene) -> Operation:
     local = lease_of(handle).group
     presence = Presence()
     waiter = Waiter(presence)
-    local.waiters.append(waiter)
+    local.queue.waiters.append(waiter)
 
     def operation() -> None:
         try:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from shmpool import Pool, attachment, connection, local_group, pool, semaphores, slots
+from shmpool import Pool, attachment, connection, lease, local_group, opening, pool, router, semaphores, slots, waiting
 from shmpool import handle as handle_module
 from shmpool.layout import ENDPOINTS, RECALL_WORDS
 from tests.crash.conftest import Sweep
@@ -23,9 +23,19 @@ from tests.support.crashing import CAN_RAISE, SETTLE_TICKS, CountingClock, Host,
 from tests.support.pools import healthy
 from tests.support.stand_in import Server, replace_driver
 
-MODULES: tuple[ModuleType, ...] = (pool, local_group, handle_module, slots, connection)
+MODULES: tuple[ModuleType, ...] = (
+    pool,
+    local_group,
+    lease,
+    waiting,
+    router,
+    opening,
+    handle_module,
+    slots,
+    connection,
+)
 FILES = frozenset(str(module.__file__) for module in MODULES)
-CLOCKED: tuple[ModuleType, ...] = (pool, local_group, slots)
+CLOCKED: tuple[ModuleType, ...] = (pool, local_group, lease, waiting, router, opening, slots)
 KILLED_SHARE = 40  # one point of so many by default: each costs a process that joins the pool
 LOOKS_PER_S = 1024  # of the clock: far more than an operation takes within the shortest limit
 BY_NAME = pytest.mark.parametrize("scenario", POOL_SCENARIOS, ids=lambda scenario: scenario.__name__)
@@ -80,7 +90,7 @@ class Stage:
             self.host.segment.words[at] = 0
         for _ in range(SETTLE_TICKS):  # as a worker and a coordinator that live beside each other do
             for one in attachment.attached():
-                local_group.tidy(one.table)
+                lease.tidy(one.table)
             self.host.tick()
         handles = [scene.pool.checkout("read") for _ in range(4)]
         lent = [lease_of(one).connection for one in handles]
@@ -105,8 +115,13 @@ def stage(pool_name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     """A pool without waits, without threads of its own, and with the driver replaced."""
     monkeypatch.setattr(attachment, "Background", Silent)
     monkeypatch.setattr(semaphores, "SLICE_S", 0.0)
-    for pause in ("SLICE_S", "POLITE_S", "REFUSED_PAUSE_S"):
-        monkeypatch.setattr(local_group, pause, 0.0)
+    for module, pause in (
+        (local_group, "SLICE_S"),
+        (waiting, "SLICE_S"),
+        (local_group, "POLITE_S"),
+        (opening, "REFUSED_PAUSE_S"),
+    ):
+        monkeypatch.setattr(module, pause, 0.0)
     server = replace_driver(monkeypatch, cap=4)
     with host(pool_name, {"read": 4, "write": 1}, {"pg1": 2, "pg2": 2}) as made:
         gc.freeze()  # looking for garbage at each point costs little then

@@ -17,7 +17,7 @@ import psycopg2
 from psycopg2.extensions import make_dsn
 
 from shmpool import Handle, Pool
-from shmpool.local_group import Lease
+from shmpool.lease import Lease
 from shmpool.names import Names
 from shmpool.observation import observe
 from shmpool.states import Health

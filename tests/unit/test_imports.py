@@ -12,7 +12,20 @@ import pytest
 import shmpool
 
 PACKAGE = Path(shmpool.__file__).parent
-DRIVER_USERS = {"bounded", "connection", "credentials", "freshness", "handle", "local_group", "pool", "pool_errors"} | {
+DRIVER_USERS = {
+    "bounded",
+    "connection",
+    "credentials",
+    "freshness",
+    "handle",
+    "lease",
+    "local_group",
+    "opening",
+    "pool",
+    "pool_errors",
+    "router",
+    "waiting",
+} | {
     "kept_cursor",
     "session",
     "shared",

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import cast
 from unittest.mock import Mock
 
-from shmpool.local_group import Attempt, LocalGroup, Presence, Waiter
+from shmpool.local_group import LocalGroup
+from shmpool.router import Attempt
 from shmpool.slots import SlotTable
+from shmpool.waiting import Presence, Queue, Waiter
 
 HERE = Presence()
 
@@ -25,12 +27,12 @@ class Busy(deque[Waiter]):
 def test_head_of_the_queue_is_found_while_others_join() -> None:
     """Whether a thread is served next can be told at any moment, also of an empty queue."""
     first, second = Waiter(HERE), Waiter(HERE)
-    group = LocalGroup.__new__(LocalGroup)
-    group.waiters = Busy([first, second])
-    assert group._is_first(first)
-    assert not group._is_first(second)
-    group.waiters.clear()
-    assert group._is_first(second)
+    queue = Queue(deque())
+    queue.waiters = Busy([first, second])
+    assert queue.is_first(first)
+    assert not queue.is_first(second)
+    queue.waiters.clear()
+    assert queue.is_first(second)
 
 
 def test_length_of_the_queue_is_never_negative() -> None:
@@ -43,7 +45,8 @@ def test_length_of_the_queue_is_never_negative() -> None:
             return False
 
     group = LocalGroup.__new__(LocalGroup)
-    group.waiters, group.idle = deque(), deque()
+    group.idle = deque()
+    group.queue = Queue(group.idle)
     group.attachment = Mock()
     group.permits = Mock()
     group.table = cast(SlotTable, Table())

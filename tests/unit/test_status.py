@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from shmpool import tables
+from shmpool.judgement import judge, missing
 from shmpool.layout import ENDPOINTS, HEADER
 from shmpool.states import Admin, Health, Role, SegmentState, Use, Verdict
-from shmpool.status import Facts, Level, LostName, RowState, as_json, duration, judge, missing
+from shmpool.status import Facts, Level, LostName, RowState, as_json, duration
 from shmpool.words import Control, Kind
 from tests.support.pools import (
     CONNINFO,

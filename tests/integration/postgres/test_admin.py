@@ -129,7 +129,7 @@ def test_a_drain_between_choosing_and_opening_leads_elsewhere(
             assert tell("drain", drained[0], names) == 0
         return status_at(segment, index)
 
-    monkeypatch.setattr("shmpool.local_group.status_at", drain_first)
+    monkeypatch.setattr("shmpool.opening.status_at", drain_first)
     with pool_of(names.pool) as pool, pool.connection("any") as conn:
         assert one_value(conn, "select 1") == 1
         assert [endpoint(names, name).held for name in ("pg1", "pg2") if name in drained] == [0]

@@ -26,9 +26,9 @@ import pytest
 
 from shmpool import Pool
 from shmpool.credentials import Lookup
-from shmpool.local_group import REFUSED_PAUSE_S
 from shmpool.names import SHM_DIR, Names
 from shmpool.observation import observe
+from shmpool.opening import REFUSED_PAUSE_S
 from shmpool.states import Health, Verdict
 from shmpool.status import EndpointReport
 from shmpool_coordinator.config import parse, warnings_of

@@ -10,7 +10,7 @@ import pytest
 from shmpool import Pool, background, local_group
 from shmpool.connection import Connection, answers
 from shmpool.layout import WORKERS
-from shmpool.local_group import BYPASS_S
+from shmpool.lease import BYPASS_S
 from shmpool.segment import Segment
 from shmpool.slots import BACKEND_PID
 from shmpool.states import Use

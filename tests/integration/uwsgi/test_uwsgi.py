@@ -383,6 +383,11 @@ def test_a_graceful_stop_leaves_the_segment_for_the_next_start(
 # -- what the application does
 
 
+def has_mapped_segment(pid: int) -> bool:
+    """Whether a process has a pool's segment mapped: a new worker may, until its hooks have run."""
+    return "shmpool" in Path(f"/proc/{pid}/maps").read_text()
+
+
 @pytest.mark.parametrize(
     ("app", "options"),
     [(EAGER, []), (EAGER + DECORATED, ["--py-call-uwsgi-fork-hooks"]), (EAGER + DECORATED, [])],
@@ -398,7 +403,7 @@ def test_an_application_that_queries_while_it_is_loaded_leaves_nothing_with_the_
         extra = ("--processes", "2", *options)
         with running_uwsgi(tmp_path, pool_name, config, *extra, app="eager:application", mule=None) as server:
             if app == EAGER:
-                assert not any("shmpool" in Path(f"/proc/{pid}/maps").read_text() for pid in server.workers())
+                wait_until(lambda: not any(has_mapped_segment(pid) for pid in server.workers()))
             server.use_all_workers()
             assert set(server.rows()) == server.workers(), "the master has no row"
             assert server.is_whole()

@@ -27,29 +27,29 @@ def daemon(pool_name: str) -> Iterator[Daemon]:
 def see(daemon: Daemon, index: int, role: Role, **changes: Any) -> None:
     """Hand in the result of a probe that was answered."""
     values = {"timeline": 1, "system_identifier": 7, "lsn": 1000, "server_version": 170000} | changes
-    daemon._advance(daemon._watches[index], ProbeResult(verdict=Verdict.OK, role=role, **values))
+    daemon.lookout.advance(index, ProbeResult(verdict=Verdict.OK, role=role, **values))
 
 
 def fail(daemon: Daemon, index: int, times: int = 1) -> None:
     """Hand in the results of probes that timed out."""
     for _ in range(times):
-        daemon._advance(daemon._watches[index], ProbeResult(verdict=Verdict.TIMEOUT))
+        daemon.lookout.advance(index, ProbeResult(verdict=Verdict.TIMEOUT))
 
 
 def verdicts(daemon: Daemon) -> list[Verdict]:
     """Return the verdicts of both endpoints, as workers see them."""
-    return [daemon.registry.status(index).verdict for index in (0, 1)]
+    return [daemon.registry.endpoints.status(index).verdict for index in (0, 1)]
 
 
 def test_promotion_supersedes_the_other_primary_at_once(daemon: Daemon) -> None:
     """The probe that shows a newer timeline takes the older primary out, with a new epoch for idle connections."""
     see(daemon, 0, Role.PRIMARY)
     see(daemon, 1, Role.REPLICA)
-    epoch = daemon.registry.status(0).epoch
+    epoch = daemon.registry.endpoints.status(0).epoch
     assert verdicts(daemon) == [Verdict.OK, Verdict.OK]
     see(daemon, 1, Role.PRIMARY, timeline=2)
     assert verdicts(daemon) == [Verdict.ROLE_CONFLICT, Verdict.OK]
-    assert daemon.registry.status(0).epoch > epoch
+    assert daemon.registry.endpoints.status(0).epoch > epoch
     see(daemon, 0, Role.PRIMARY)
     assert verdicts(daemon) == [Verdict.ROLE_CONFLICT, Verdict.OK]
     see(daemon, 0, Role.REPLICA, timeline=2)
@@ -63,7 +63,7 @@ def test_superseded_primary_stays_out_while_the_newer_is_down(daemon: Daemon) ->
     fail(daemon, 1, times=3)
     fail(daemon, 0)
     assert verdicts(daemon) == [Verdict.ROLE_CONFLICT, Verdict.TIMEOUT]
-    assert 0 not in daemon.registry.usable_endpoints()[0]
+    assert 0 not in daemon.registry.endpoints.usable()[0]
     see(daemon, 0, Role.PRIMARY)
     assert verdicts(daemon) == [Verdict.ROLE_CONFLICT, Verdict.TIMEOUT]
 
@@ -72,13 +72,13 @@ def test_successor_remembers_which_primary_counts(pool_name: str) -> None:
     """A coordinator that adopts the segment knows the newer timeline of a server that it never saw itself."""
     up = EndpointHealth(health=Health.UP, role=Role.PRIMARY, verdict=Verdict.OK)
     first = open_desk(config_of(pool_name, endpoints=ENDPOINTS))
-    first.record_probe(1, up, ProbeResult(verdict=Verdict.OK, timeline=2, system_identifier=7))
+    first.endpoints.record_probe(1, up, ProbeResult(verdict=Verdict.OK, timeline=2, system_identifier=7))
     close_desk(first, unlink=False)
     second = open_desk(config_of(pool_name, endpoints=ENDPOINTS))
     try:
-        second.record_probe(0, up, ProbeResult(verdict=Verdict.OK, timeline=1, system_identifier=7))
-        assert second.status(0).verdict is Verdict.ROLE_CONFLICT
-        assert second.status(1).verdict is Verdict.OK
+        second.endpoints.record_probe(0, up, ProbeResult(verdict=Verdict.OK, timeline=1, system_identifier=7))
+        assert second.endpoints.status(0).verdict is Verdict.ROLE_CONFLICT
+        assert second.endpoints.status(1).verdict is Verdict.OK
     finally:
         close_desk(second)
 
@@ -98,26 +98,26 @@ def test_independent_writers_are_both_eligible(daemon: Daemon) -> None:
     see(daemon, 1, Role.PRIMARY, timeline=5, system_identifier=8)
     see(daemon, 0, Role.PRIMARY)
     assert verdicts(daemon) == [Verdict.OK, Verdict.OK]
-    assert daemon.registry.usable_endpoints()[0] == {0, 1}
+    assert daemon.registry.endpoints.usable()[0] == {0, 1}
 
 
 def test_lag_is_unknown_until_a_primary_was_seen(daemon: Daemon) -> None:
     """A replica whose primary nobody knows has no lag; with the primary it has one."""
     see(daemon, 1, Role.REPLICA, lag_s=60.0, lsn=900)
-    assert daemon.registry.lag(1).seconds is None
+    assert daemon.registry.endpoints.lag(1).seconds is None
     see(daemon, 0, Role.PRIMARY)
     see(daemon, 1, Role.REPLICA, lag_s=60.0, lsn=900)
-    assert daemon.registry.lag(1) == Lag(100, 60.0)
+    assert daemon.registry.endpoints.lag(1) == Lag(100, 60.0)
 
 
 def test_idle_primary_that_writes_again_makes_no_replica_late(daemon: Daemon) -> None:
     """Once level, a replica lags since then at most, though its last transaction is an hour old."""
     see(daemon, 0, Role.PRIMARY)
     see(daemon, 1, Role.REPLICA, lag_s=3600.0)
-    assert daemon.registry.lag(1) == Lag(0, 0.0)
+    assert daemon.registry.endpoints.lag(1) == Lag(0, 0.0)
     see(daemon, 0, Role.PRIMARY, lsn=1100)
     see(daemon, 1, Role.REPLICA, lag_s=3600.0)
-    behind, seconds = daemon.registry.lag(1)
+    behind, seconds = daemon.registry.endpoints.lag(1)
     assert behind == 100
     assert seconds is not None
     assert seconds < 60
@@ -129,18 +129,18 @@ def test_lag_stays_while_the_primary_is_gone(daemon: Daemon) -> None:
     see(daemon, 1, Role.REPLICA, lag_s=2.0, lsn=900)
     fail(daemon, 0, times=3)
     see(daemon, 1, Role.REPLICA, lag_s=500.0, lsn=950)
-    assert daemon.registry.lag(1) == Lag(50, 2.0)
+    assert daemon.registry.endpoints.lag(1) == Lag(50, 2.0)
     see(daemon, 1, Role.REPLICA, lag_s=900.0)
-    assert daemon.registry.lag(1) == Lag(0, 0.0)
+    assert daemon.registry.endpoints.lag(1) == Lag(0, 0.0)
     see(daemon, 1, Role.PRIMARY, timeline=2)
-    assert daemon.registry.lag(1) == Lag(0, 0.0)
+    assert daemon.registry.endpoints.lag(1) == Lag(0, 0.0)
 
 
 def test_server_that_does_not_tell_positions_has_no_lag(daemon: Daemon) -> None:
     """Where the full query is refused, a replica's lag is unknown, not 0."""
     see(daemon, 0, Role.PRIMARY)
     see(daemon, 1, Role.REPLICA, lsn=None, system_identifier=None, timeline=None)
-    assert daemon.registry.lag(1).seconds is None
+    assert daemon.registry.endpoints.lag(1).seconds is None
 
 
 def test_a_name_of_several_servers_is_nobodys_primary(pool_name: str) -> None:
@@ -151,7 +151,7 @@ def test_a_name_of_several_servers_is_nobodys_primary(pool_name: str) -> None:
     try:
         see(daemon, 1, Role.UNKNOWN, timeline=None, system_identifier=None, lsn=None)
         see(daemon, 0, Role.REPLICA, lag_s=3.0, lag_bytes=5)
-        assert daemon.registry.lag(0) == Lag(5, 3.0)
+        assert daemon.registry.endpoints.lag(0) == Lag(5, 3.0)
         assert verdicts(daemon) == [Verdict.OK, Verdict.OK]
     finally:
         daemon._end()
