@@ -24,6 +24,7 @@ DRIVER_USERS = {
     "pool",
     "pool_errors",
     "router",
+    "silence",
     "waiting",
 } | {
     "kept_cursor",
