@@ -12,7 +12,7 @@ from enum import Enum, IntEnum
 from typing import Any, Final
 
 from shmpool.invariants import check
-from shmpool.replication import Server, is_lag_old
+from shmpool.replication import Server, is_lag_old, is_superseded
 from shmpool.settings import EndpointSettings, GroupSettings, PoolSettings
 from shmpool.states import Admin, Health, Role, SegmentState, ServerKind, Use, Verdict
 from shmpool.views import PermitRow, PoolView, SlotRow, WorkerRow
@@ -109,6 +109,7 @@ class EndpointReport:
     lag: float | None
     lag_bytes: int
     is_lag_old: bool  # a replica's, as of an earlier moment: its primary is not seen now
+    is_superseded: bool  # a primary of a cluster that has one on a newer timeline
     since: float | None  # age of the present state
     probed: float | None  # age of the last probe
     failing: float | None  # age of the first failed probe, of those that failed in a row until now
@@ -417,16 +418,18 @@ def _endpoint(view: PoolView, workers: Sequence[WorkerReport], index: int, name:
         latency=row["latency"] if has_probe and row["latency"] > 0 else None,
         lag=row["lag"] if has_probe and row["lag"] >= 0 and status.role is Role.REPLICA else None,
         lag_bytes=row.get("lag_bytes", 0),
-        is_lag_old=has_probe and status.role is Role.REPLICA and _is_lag_old(view, index),
+        is_lag_old=has_probe and status.role is Role.REPLICA and is_lag_old(*_servers(view, index)),
+        is_superseded=has_probe and is_superseded(*_servers(view, index)),
         since=_age(view, row["since"]) if row else None,
         probed=_age(view, row["probed_at"]) if row else None,
         failing=_age(view, row["failing_since"]) if row and row["failing_since"] else None,
     )
 
 
-def _is_lag_old(view: PoolView, index: int) -> bool:
+def _servers(view: PoolView, index: int) -> tuple[Server, list[Server]]:
+    """Return an endpoint's server and the others."""
     servers = {other: Server.of(row) for other, row in view.endpoints.items()}
-    return is_lag_old(servers.pop(index), servers.values())
+    return servers.pop(index), list(servers.values())
 
 
 def _group(view: PoolView, workers: Sequence[WorkerReport], index: int, name: str) -> GroupReport:
@@ -654,11 +657,19 @@ def _endpoint_findings(endpoint: EndpointReport) -> Iterator[Finding]:
             "its health cannot be told; it is not taken out for that",
             "see the coordinator's log, correct conninfo or credentials",
         )
+    elif endpoint.verdict is Verdict.ROLE_CONFLICT and not endpoint.is_superseded:
+        yield Finding(
+            Level.DEGRADED,
+            "endpoint-role-disputed",
+            f"{subject} says it is a primary, and so does another of its cluster on the same timeline",
+            "nobody can tell which one counts: a newcomer gets no connection; where neither was first, none of them does",
+            "stop the server that must not accept writes, make it a standby anew, and until then: shmpool drain ITS-NAME",
+        )
     elif endpoint.verdict is Verdict.ROLE_CONFLICT:
         yield Finding(
             Level.DEGRADED,
             "endpoint-role-conflict",
-            f"{subject} says it is a primary, and so does another",
+            f"{subject} says it is a primary, and so does another of its cluster",
             "the older timeline gets no connection",
             "stop the server that should not accept writes",
         )

@@ -26,7 +26,7 @@ from shmpool.clock import monotonic
 from shmpool.errors import CoordinatorRunningError, MechanismError, SegmentMissingError
 from shmpool.layout import ENDPOINTS, GROUPS, PERMITS, WORKERS, Layout
 from shmpool.names import Names
-from shmpool.replication import Lag, Server, is_superseded
+from shmpool.replication import Lag, Server, is_disputed, is_superseded
 from shmpool.routing import is_role_allowed
 from shmpool.rows import Locks, Process
 from shmpool.segment import Segment
@@ -134,6 +134,7 @@ class Registry:
         self.config = config
         self._access = Access.of(config)
         self._addresses: dict[int, str] = {}
+        self._identities: dict[int, tuple[object, bool]] = {}  # of servers; whether they had it one probe earlier, too
         found = self._adoptable()
         self.is_adopted = found is not None
         self.segment: Segment = found or self._create()
@@ -142,6 +143,7 @@ class Registry:
         if self.is_adopted:
             self.settings = self.segment.read_settings()[1]
             self._open_semaphores(self.settings)
+            self._identities = {e.index: (self.server(e.index).identity, True) for e in self.settings.endpoints}
         if self.settings is not None and self.is_retired:
             self._apply(self.settings, self.settings)  # it ends as it is; the file is for its successor
         else:
@@ -439,6 +441,7 @@ class Registry:
             self._free_permit(shape.groups + endpoint.index)
             self._clear(ENDPOINTS, endpoint.index)
             self._addresses.pop(endpoint.index, None)
+            self._identities.pop(endpoint.index, None)
         for name in [g.name for g in groups] + [e.name for e in endpoints]:
             log.info("%s: removed, nothing held it any more", name)
         return True
@@ -527,6 +530,8 @@ class Registry:
             if seen is not None:
                 words[place(column)] = seen & 0xFFFFFFFFFFFFFFFF
         is_moved = False
+        if result.verdict is Verdict.OK:
+            self._note_identity(index, self.server(index)._replace(role=health.role))
         if result.address is not None:
             is_moved = self._addresses.get(index, result.address) != result.address
             self._addresses[index] = result.address
@@ -534,14 +539,12 @@ class Registry:
         times[place("probed_at")] = monotonic() if result.asked_at is None else result.asked_at
 
     def judge(self, index: int, health: EndpointHealth, *, is_moved: bool = False) -> None:
-        """Store an endpoint's health, role and verdict: ROLE_CONFLICT for a primary that another one supersedes.
-
-        The configuration has the last word: an endpoint that it no longer names supersedes nobody.
-        """
-        assert self.settings is not None
+        """Store an endpoint's health, role and verdict: ROLE_CONFLICT for a primary that another one keeps out."""
         mine = self.server(index)._replace(role=health.role)
-        others = [self.server(e.index) for e in self.settings.endpoints if e.index != index and e.max_connections]
-        is_out = health.health is not Health.DOWN and is_superseded(mine, others)
+        if mine.is_down:
+            mine = mine._replace(is_settled=False)  # it returns as a newcomer
+        others = self._others(index)
+        is_out = health.health is not Health.DOWN and (is_superseded(mine, others) or is_disputed(mine, others))
         self._set_status(
             index,
             is_moved=is_moved,
@@ -553,7 +556,29 @@ class Registry:
     def server(self, index: int) -> Server:
         """Return what was last known of an endpoint's server, by this coordinator or an earlier one."""
         row = read_row(self.segment, ENDPOINTS, index)
-        return Server.of(row | {"status": Status.of(row["status"])})
+        server = Server.of(row | {"status": Status.of(row["status"])})
+        return server._replace(is_settled=self._identities.get(index) == (server.identity, True))
+
+    def _others(self, index: int) -> list[Server]:
+        """Return the other servers; the configuration has the last word: one that it no longer names is not there."""
+        assert self.settings is not None
+        return [self.server(e.index) for e in self.settings.endpoints if e.index != index and e.max_connections]
+
+    def conflict(self, index: int) -> str:
+        """Return why a primary is kept out by another one, "" if it is not."""
+        if self.status(index).verdict is not Verdict.ROLE_CONFLICT:
+            return ""
+        mine = self.server(index)
+        if is_superseded(mine, self._others(index)):
+            return f"its timeline {mine.timeline} is not the newest one of its cluster"
+        return (
+            f"another primary of its cluster is on timeline {mine.timeline}, too, and nobody can tell which one counts: "
+            "it gets no connection until the other one is a standby, or drained by an administrator"
+        )
+
+    def _note_identity(self, index: int, server: Server) -> None:
+        before, _ = self._identities.get(index, (None, False))
+        self._identities[index] = (server.identity, before == server.identity)
 
     def lag(self, index: int) -> Lag:
         """Return how far a replica was behind when it was last known."""
