@@ -5,9 +5,10 @@ independent, and each has its own primary.
 
 Of several primaries of one cluster the newest timeline counts.  On the same timeline (a copy that was started, a
 standby that lost its standby.signal, two standbys promoted at once) nobody can tell which one counts, and writes must
-not go to both: the one that had answered as the primary more than once before the other one did stays, and the newcomer
-is out; where neither had, both are.  Who is out stays so while the other one is down as well: what was written there must
-not be followed by writes here.  It ends when the other one is in recovery, or is taken out by its administrators.
+not go to both.  The one that had answered as the primary more than once before the other one did stays, and the
+newcomer is out; where neither had, both are.  Who is out stays so while the other one is down as well: what was
+written there must not be followed by writes here.  It ends when the other one is in recovery, or is taken out by its
+administrators.
 
 Lag is 0 once replay has passed the primary's last known position, however long ago the last transaction was.  Before
 that it is the age of the last replayed transaction, and never more than the time since lag was last 0: an idle primary

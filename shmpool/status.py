@@ -662,8 +662,8 @@ def _endpoint_findings(endpoint: EndpointReport) -> Iterator[Finding]:
             Level.DEGRADED,
             "endpoint-role-disputed",
             f"{subject} says it is a primary, and so does another of its cluster on the same timeline",
-            "nobody can tell which one counts: a newcomer gets no connection; where neither was first, none of them does",
-            "stop the server that must not accept writes, make it a standby anew, and until then: shmpool drain ITS-NAME",
+            "nobody can tell which one counts: the newcomer gets no connection; where neither was first, none does",
+            "stop the server that must not accept writes, and until it is a standby again: shmpool drain ITS-NAME",
         )
     elif endpoint.verdict is Verdict.ROLE_CONFLICT:
         yield Finding(

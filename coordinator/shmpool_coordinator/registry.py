@@ -572,8 +572,8 @@ class Registry:
         if is_superseded(mine, self._others(index)):
             return f"its timeline {mine.timeline} is not the newest one of its cluster"
         return (
-            f"another primary of its cluster is on timeline {mine.timeline}, too, and nobody can tell which one counts: "
-            "it gets no connection until the other one is a standby, or drained by an administrator"
+            f"another primary of its cluster is on timeline {mine.timeline}, too, and nobody can tell which one "
+            "counts: it gets no connection until the other one is a standby, or drained by an administrator"
         )
 
     def _note_identity(self, index: int, server: Server) -> None:

@@ -100,7 +100,9 @@ def test_first_primary_of_a_timeline_stays(daemon: Daemon, caplog: pytest.LogCap
         see(daemon, 0, Role.PRIMARY)
     see(daemon, 1, Role.PRIMARY)
     assert verdicts(daemon) == [Verdict.OK, Verdict.ROLE_CONFLICT]
-    assert "endpoint pg2: UP, primary, role_conflict (another primary of its cluster is on timeline 1, too" in caplog.text
+    assert (
+        "endpoint pg2: UP, primary, role_conflict (another primary of its cluster is on timeline 1, too" in caplog.text
+    )
     for _ in range(2):
         see(daemon, 1, Role.PRIMARY)
         see(daemon, 0, Role.PRIMARY)
