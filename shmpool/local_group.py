@@ -821,7 +821,9 @@ class Attempt:
     def is_hopeless(self) -> bool:
         """Whether every failure is of a kind that does not pass by itself: credentials, database, certificate."""
         return all(
-            isinstance(error, CredentialsError) or ("FATAL:" in str(error) and not is_passing(error))
+            isinstance(error, CredentialsError)
+            or (isinstance(error, ConnectFailedError) and error.is_untrusted)
+            or ("FATAL:" in str(error) and not is_passing(error))
             for error in self.failures.values()
         )
 
