@@ -65,6 +65,10 @@ class Relay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End; harmless when it has."""
         with self._changed:
             self._is_ending = True
             self._changed.notify_all()

@@ -7,7 +7,6 @@ printed (`pytest -s`).
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from tests.support.endpoints import (
     FAST_S,
     INTER_S,
     JITTER,
+    PROBE,
     SLACK_S,
     TIMEOUT_S,
     UP_S,
@@ -73,8 +73,7 @@ class Note(NamedTuple):
 class Writers:
     """Worker processes that write all the time."""
 
-    def __init__(self, processes: list[subprocess.Popen[str]], files: list[Path]) -> None:
-        self._processes = processes
+    def __init__(self, files: list[Path]) -> None:
         self._files = files
 
     @property
@@ -96,7 +95,7 @@ def writers(pool: str, server: Server, directory: Path, count: int = 4) -> Itera
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(worker(WRITES, pool, str(file))) for file in files]
         assert [read_line(process) for process in processes] == ["ready"] * count
-        crowd = Writers(processes, files)
+        crowd = Writers(files)
         wait_until(lambda: len(crowd.to(server)) > count, within=10)
         yield crowd
 
@@ -204,15 +203,16 @@ def test_two_primaries_that_nobody_knew(pool_name: str) -> None:
         other.stop()
         (other.data / "standby.signal").unlink()
         other.start()
+        probe = PROBE.replace(f'"{INTER_S}s"', '"2s"', 1)  # no second look at one before the first at the other
         with (
-            coordinating(pool_name, {"pg1": one.port, "pg2": other.port}, WRITE) as coordinator,
+            coordinating(pool_name, {"pg1": one.port, "pg2": other.port}, WRITE, probe) as coordinator,
             pool_of(pool_name) as pool,
         ):
             assert [endpoint(pool_name, name).verdict for name in ("pg1", "pg2")] == [Verdict.ROLE_CONFLICT] * 2
             with pytest.raises(NoEligibleEndpoint, match="claims to be the primary"):
                 pool.checkout("write", timeout=0)
             request(Names.of(pool_name), "admin", endpoint="pg2", admin="drain")
-            seconds_until(lambda: endpoint(pool_name, "pg1").verdict is Verdict.OK, JITTER * INTER_S, coordinator)
+            seconds_until(lambda: endpoint(pool_name, "pg1").verdict is Verdict.OK, JITTER * FAST_S, coordinator)
             with pool.connection("write") as conn:
                 assert one_value(conn, "SELECT inet_server_port()") == one.port
 

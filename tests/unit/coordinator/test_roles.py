@@ -26,8 +26,8 @@ def daemon(pool_name: str) -> Iterator[Daemon]:
 
 def see(daemon: Daemon, index: int, role: Role, **changes: Any) -> None:
     """Hand in the result of a probe that was answered."""
-    values = {"timeline": 1, "system_identifier": 7, "started_at": index + 1.0, "lsn": 1000, "server_version": 170000}
-    values |= changes
+    values = {"timeline": 1, "system_identifier": 7, "lsn": 1000, "server_version": 170000} | changes
+    values.setdefault("started_at", index + 1.0)
     daemon._advance(daemon._watches[index], ProbeResult(verdict=Verdict.OK, role=role, **values))
 
 
