@@ -45,6 +45,12 @@ _NO_CREDENTIALS: Final = Credentials("", (), "")
 # A server answered: it refused (libpq puts two spaces behind the severity, which servers translate), or it asked for a
 # password and there was none.
 _REFUSAL: Final = re.compile(r":  \S|no password supplied")
+# libpq itself gave up, before it asked for a session: TLS is not what was wanted of the server.
+_UNTRUSTED: Final = re.compile(
+    r"certificate verify failed|certificate for .* does not match host name|certificate file .* does not exist"
+    r"|server's host name from server certificate|server does not support SSL"
+)
+_NEXT_ADDRESS: Final = re.compile(r"\n(?=connection to server)")
 _MASKED: Final = ("password", "sslpassword")
 _PENDING_READS: Final = 4
 _PRUNE_AT: Final = 64  # cursors remembered before the dead ones are forgotten
@@ -239,11 +245,15 @@ def application_name(prefix: str, pool: str, row: int, generation: int, slot: in
 class ConnectFailedError(OperationalError):
     """psycopg2 could not connect.
 
-    `is_refused`: a server answered, and does not want it so.  `is_over`: surely no server has a session of it.
+    `is_refused`: a server answered, and does not want it so.  `is_untrusted`: this side does not want the server so.
+    `is_over`: surely no server has a session of it.
     """
 
-    def __init__(self, message: str, *, is_refused: bool = False, is_over: bool = False) -> None:
+    def __init__(
+        self, message: str, *, is_refused: bool = False, is_untrusted: bool = False, is_over: bool = False
+    ) -> None:
         self.is_refused = is_refused
+        self.is_untrusted = is_untrusted
         self.is_over = is_over
         super().__init__(message)
 
@@ -278,9 +288,17 @@ def open_connection(recipe: Recipe, name: str, secrets: Secrets) -> Connection:
         assert isinstance(conn, Connection)
         return conn
     # Not in the handler: the driver's exception has frames with the password, and would come along as the context.
-    is_refused = _REFUSAL.search(told) is not None
-    is_over = is_refused or "Connection refused" in told
-    raise ConnectFailedError(f"endpoint {recipe.endpoint.name!r}: {told}", is_refused=is_refused, is_over=is_over)
+    raise ConnectFailedError(
+        f"endpoint {recipe.endpoint.name!r}: {told}",
+        is_refused=_REFUSAL.search(told) is not None,
+        is_untrusted=_UNTRUSTED.search(told) is not None,
+        is_over=all(map(_is_over, _NEXT_ADDRESS.split(told))),
+    )
+
+
+def _is_over(told: str) -> bool:
+    """Whether surely no session came of trying one address."""
+    return "Connection refused" in told or any(reason.search(told) for reason in (_REFUSAL, _UNTRUSTED))
 
 
 def prepare(conn: Connection, recipe: Recipe) -> None:

@@ -204,7 +204,9 @@ def _refused(
 def _is_hopeless(attempt: Attempt) -> bool:
     """Whether every failure is of a kind that does not pass by itself: credentials, database, certificate."""
     return all(
-        isinstance(error, CredentialsError) or ("FATAL:" in str(error) and not is_passing(error))
+        isinstance(error, CredentialsError)
+        or (isinstance(error, ConnectFailedError) and error.is_untrusted)
+        or ("FATAL:" in str(error) and not is_passing(error))
         for error in attempt.failures.values()
     )
 

@@ -289,6 +289,26 @@ class Server:
         )
         return standby
 
+    def rewind(self, source: Server) -> None:
+        """Make this stopped server a streaming standby of a running one, whatever it wrote alone.  Does not start.
+
+        Needs data checksums, or `wal_log_hints`.
+        """
+        self._launcher.run(
+            "pg_rewind",
+            f"--target-pgdata={self.data}",
+            f"--source-server={source.conninfo(application_name=self.name)}",
+            "--write-recovery-conf",
+            "--no-sync",
+        )
+
+    def put(self, name: str) -> None:
+        """Put an empty file, such as `standby.signal`, into the data directory."""
+        file = self.data / name
+        file.touch()
+        owner = self.data.stat()
+        os.chown(file, owner.st_uid, owner.st_gid)
+
     @property
     def pid(self) -> int | None:
         """The postmaster's pid, or None when it does not run."""

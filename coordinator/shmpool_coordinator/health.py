@@ -104,7 +104,7 @@ class ProbeResult:
     started_at: float | None = None
     server_version: int | None = None
     max_connections: int | None = None
-    address: str | None = None
+    address: str | None = None  # to compare it: what the host's name led to, and the server's own
     error: str = ""
     asked_at: float | None = None  # monotonic, before the server answered
 

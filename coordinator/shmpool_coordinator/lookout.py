@@ -255,6 +255,7 @@ class Lookout:
         if now == watch.told:
             return
         watch.told = now
+        told = watch.health.error or self._endpoints.conflict(watch.settings.index)
         level = logging.INFO if status.verdict is Verdict.OK else logging.WARNING
         log.log(
             level,
@@ -263,7 +264,7 @@ class Lookout:
             status.health.name,
             status.role.name.lower(),
             status.verdict.name.lower(),
-            f" ({watch.health.error})" if watch.health.error else "",
+            f" ({told})" if told else "",
         )
 
     # -- what workers tell, and what is told -------------------------------------------------------

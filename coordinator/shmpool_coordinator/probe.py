@@ -370,7 +370,7 @@ class Probe:
             started_at=started,
             server_version=connection.server_version,
             max_connections=cap,
-            address=address,
+            address=" ".join(filter(None, (self._hostaddr, address))) or None,
             asked_at=asked_at,
         )
 
