@@ -12,7 +12,11 @@ import pytest
 import shmpool
 
 PACKAGE = Path(shmpool.__file__).parent
-DRIVER_USERS = {"bounded", "connection", "credentials", "freshness", "handle", "local_group", "pool", "pool_errors"} | {
+DRIVER_USERS = {"bounded", "connection", "credentials", "freshness", "handle", "local_group"} | {
+    "losses",
+    "pool",
+    "pool_errors",
+    "retry",
     "kept_cursor",
     "session",
     "shared",
