@@ -78,6 +78,21 @@ def _asking(kind: type, name: str) -> Callable[..., Any]:
 class BoundedCursor(TellingCursor):
     """A cursor of a bounded connection: laid over the application's own class."""
 
+    __slots__ = ()
+
+    def execute(self, *args: Any, **kwargs: Any) -> Any:
+        """As psycopg2's, bounded in time; as `_ask`, without its frames."""
+        conn = _connection_of(self)
+        before, conn.asked_at = conn.asked_at, monotonic()
+        try:
+            return super().execute(*args, **kwargs)
+        finally:
+            conn.asked_at = before
+
+    def callproc(self, *args: Any, **kwargs: Any) -> Any:
+        """As psycopg2's, bounded in time."""
+        return _ask(_connection_of(self), super().callproc, *args, **kwargs)
+
     def executemany(self, query: Any, vars_list: Iterable[Any]) -> None:
         """As psycopg2's, each round bounded in time."""
         conn = _connection_of(self)
@@ -102,9 +117,9 @@ class BoundedCursor(TellingCursor):
 class BoundedNamedCursor(BoundedCursor, TellingNamedCursor):
     """A server-side cursor: it asks at each fetch."""
 
+    __slots__ = ()
 
-for _name in ("execute", "callproc"):
-    setattr(BoundedCursor, _name, _asking(BoundedCursor, _name))
+
 for _name in ASKING_OF_NAMED:
     setattr(BoundedNamedCursor, _name, _asking(BoundedNamedCursor, _name))
 

@@ -89,6 +89,8 @@ def _tell_statement(cur: cursor, error: DatabaseError) -> None:
 class TellingCursor(cursor):
     """A cursor of a pooled connection: laid over the application's own class."""
 
+    __slots__ = ()  # as psycopg2's, which is made faster without a dictionary
+
     def execute(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg2's."""
         try:
@@ -100,6 +102,8 @@ class TellingCursor(cursor):
 
 class TellingNamedCursor(TellingCursor):
     """A server-side cursor: it asks at each fetch."""
+
+    __slots__ = ()
 
 
 def _telling_statement(name: str) -> Callable[..., Any]:

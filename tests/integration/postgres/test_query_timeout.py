@@ -216,6 +216,17 @@ def test_every_way_to_wait_is_bounded(pool: Pool, server: Server) -> None:
         assert seen == {way.__name__: (told[way], True, True) for way in WAYS}
 
 
+def test_cut_commit_names_its_reason(pool: Pool, server: Server) -> None:
+    """Nobody knows what becomes of a commit that was cut; why it was, and the driver's error, are in the chain."""
+    handle = pool.checkout("tx")
+    execute(handle)
+    with frozen(server), pytest.raises(TransactionOutcomeUnknown, match="no answer within query_timeout") as caught:
+        handle.commit()
+    pool.checkin(handle)
+    assert isinstance(caught.value.__cause__, QueryTimeout)
+    assert type(caught.value.__cause__.__cause__) is psycopg2.OperationalError
+
+
 def test_checkin_on_a_frozen_server_is_bounded(pool: Pool, server: Server) -> None:
     """The rollback of a checkin is cut as well, and the permit follows the session."""
     handle = pool.checkout("tx")
