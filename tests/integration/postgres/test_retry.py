@@ -129,7 +129,6 @@ LATER: dict[str, tuple[str, Callable[[Handle], Any], list[int]]] = {
     "in a transaction": ("tx", lambda conn: None, [0, 0]),
     "after a commit": ("tx", in_order(add, lambda conn: conn.commit()), [1, 0]),
     "in autocommit": ("auto", add, [1, 0]),
-    "after autocommit was on": ("tx", in_order(lambda conn: conn.set_session(autocommit=True), add), [1, 0]),
 }
 
 
@@ -144,16 +143,24 @@ def test_lost_later_is_told_and_done_once(pool: Pool, server: Server, case: str)
     assert counters(server) == lasting
 
 
-def test_lost_before_a_statement_but_after_a_commit(pool: Pool, server: Server) -> None:
-    """What was committed before stays: not called again, though the last transaction had not begun."""
+def set_autocommit(conn: Handle, value: bool) -> None:
+    """Set the property."""
+    conn.autocommit = value
 
-    def fail(conn: Handle) -> None:
-        add(conn)
-        conn.commit()
-        end(server, conn)
-        add(conn)
 
-    work = Work(fail)
+COMMITTING = {
+    "commit()": in_order(add, lambda conn: conn.commit()),
+    "property": in_order(lambda conn: set_autocommit(conn, True), add, lambda conn: set_autocommit(conn, False)),
+    "set_session": in_order(
+        lambda conn: conn.set_session(autocommit=True), add, lambda conn: conn.set_session(autocommit=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("way", COMMITTING)
+def test_lost_before_a_statement_but_after_a_commit(pool: Pool, server: Server, way: str) -> None:
+    """What was made to last before stays: not called again, though the last transaction had not begun."""
+    work = Work(in_order(lambda conn: end(server, conn), add), first=COMMITTING[way])
     with pytest.raises(ConnectionLost) as caught:
         pool.run("tx", work)
     assert not caught.value.was_sent
