@@ -34,6 +34,7 @@ from psycopg2.extensions import (
 
 from shmpool.clock import monotonic
 from shmpool.credentials import Secrets
+from shmpool.losses import SESSION_PROPERTIES, TellingConnection
 from shmpool.position import CommitPosition, Standing, end_of_records
 from shmpool.settings import Credentials, EndpointSettings, GroupSettings
 from shmpool.states import Role
@@ -75,23 +76,20 @@ from (select s.recovery, case when s.recovery then pg_last_wal_replay_lsn() else
 """
 
 
-class Connection(connection):
+class Connection(TellingConnection):
     """A pooled connection.  Derive from it to add your own methods (`Pool(connection_factory=...)`)."""
 
     marks: list[weakref.ref[cursor] | None]  # what a checkin must look after: cursors, and None for a session change
     opened_encoding: str
     opened_at: float  # CLOCK_MONOTONIC
     socket_inode: int  # tells its socket from whatever has the descriptor's number later
-    is_cut: bool  # this side shut the socket down: the end of the stream says nothing about the server's end
     seen: Standing | None = None  # where its server stood when it was asked last; it has not gone back since
-    own_cursor: type[cursor] = cursor  # for what the pool itself asks
 
     def __init__(self, dsn: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(dsn, *args, **kwargs)
         self.marks = []
         self.opened_at = monotonic()
         self.socket_inode = os.fstat(self.fileno()).st_ino
-        self.is_cut = False
         self.opened_encoding = self.encoding
 
     def __repr__(self) -> str:
@@ -151,7 +149,7 @@ class Connection(connection):
 
 def _noted(name: str) -> property:
     """Return a property that is psycopg2's attribute `name` and notes that it was set."""
-    base = connection.__dict__[name]
+    base: Any = getattr(TellingConnection, name)
 
     def put(self: Connection, value: Any) -> None:
         self.marks.append(None)
@@ -160,7 +158,7 @@ def _noted(name: str) -> property:
     return property(base.__get__, put, doc=f"As psycopg2's `{name}`; undone at checkin.")
 
 
-for _name in ("autocommit", "isolation_level", "readonly", "deferrable", "cursor_factory", "notices"):
+for _name in (*SESSION_PROPERTIES, "cursor_factory", "notices"):
     setattr(Connection, _name, _noted(_name))
 
 
@@ -286,6 +284,7 @@ def open_connection(recipe: Recipe, name: str, secrets: Secrets) -> Connection:
         told = str(error).strip()
     else:
         assert isinstance(conn, Connection)
+        conn.endpoint = recipe.endpoint.name
         return conn
     # Not in the handler: the driver's exception has frames with the password, and would come along as the context.
     raise ConnectFailedError(

@@ -58,6 +58,7 @@ class Relay:
         self._threads: list[threading.Thread] = []
         self._is_ending = False
         self._is_resetting = False
+        self._unanswered = b""  # a request whose answer is kept back, once
         self._start(self._accept)
 
     def __enter__(self) -> Self:
@@ -110,6 +111,10 @@ class Relay:
         finally:
             self._is_resetting = False
 
+    def lose_answer_to(self, request: bytes) -> None:
+        """Hang up in the place of the server's answer to the next request that contains this; it was carried out."""
+        self._unanswered = request
+
     def cut(self) -> None:
         """Reset every connection that is open."""
         for end in list(self._sockets):
@@ -148,19 +153,27 @@ class Relay:
             self._sockets.discard(plain)
         self._sockets |= {client, server}
         user: list[str] = []
-        answers = threading.Thread(target=self._pass, args=(server, client, user), name="relay", daemon=True)
+        lost = threading.Event()
+        answers = threading.Thread(target=self._pass, args=(server, client, user, lost), name="relay", daemon=True)
         answers.start()
-        self._pass(client, server, user, is_client=True)
+        self._pass(client, server, user, lost, is_client=True)
         answers.join()
         self._sockets -= {client, server}
         client.close()
         server.close()
 
-    def _pass(self, source: End, target: End, user: list[str], *, is_client: bool = False) -> None:
+    def _pass(
+        self, source: End, target: End, user: list[str], lost: threading.Event, *, is_client: bool = False
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(CHUNK_BYTES):
                 if is_client:
                     self._note(data, user)
+                    if self._unanswered and self._unanswered in data:
+                        self._unanswered = b""
+                        lost.set()
+                elif lost.is_set():
+                    break
                 self._hold(user)
                 target.sendall(data)
         self._hold(user)

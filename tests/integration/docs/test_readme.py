@@ -56,6 +56,7 @@ def test_configuration_is_valid_and_complete() -> None:
 def test_application_code_runs(cluster: Cluster, pool_name: str) -> None:
     """The application code of the README works with its configuration."""
     code = next(block for block in blocks("python") if "pool.connection" in block)
+    code += next(block for block in blocks("python") if "pool.run" in block)
     with running_coordinator(configuration_for(cluster, pool_name), pool_name):
         run_python(code.replace('"web"', f'"{pool_name}"'))
 

@@ -156,13 +156,13 @@ def test_successor_remembers_which_primary_was_first(pool_name: str) -> None:
     ]
     first = open_desk(config_of(pool_name, endpoints=ENDPOINTS))
     for index in (0, 0, 1):
-        first.record_probe(index, up, answers[index])
+        first.endpoints.record_probe(index, up, answers[index])
     close_desk(first, unlink=False)
     for order in ((0, 1), (1, 0)):
         second = open_desk(config_of(pool_name, endpoints=ENDPOINTS))
         for index in order:
-            second.record_probe(index, up, answers[index])
-        assert [second.status(index).verdict for index in (0, 1)] == [Verdict.OK, Verdict.ROLE_CONFLICT]
+            second.endpoints.record_probe(index, up, answers[index])
+        assert [second.endpoints.status(index).verdict for index in (0, 1)] == [Verdict.OK, Verdict.ROLE_CONFLICT]
         close_desk(second, unlink=order == (1, 0))
 
 
