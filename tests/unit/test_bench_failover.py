@@ -24,7 +24,11 @@ def use(worker: int, began: float, ended: float, outcome: str = "ok", **changes:
 def run(*uses: Use, **at: float) -> Run:
     """Return a run of a second of good uses before the fault, and some more."""
     steady = [use(worker, -0.5, -0.4, session=7) for worker in (0, 1)]
-    return Run([*steady, *uses], VICTIM, {"fault": FAULT} | {key: FAULT + value for key, value in at.items()})
+    return Run(
+        [*steady, *uses],
+        VICTIM,
+        {"steady": FAULT - 1, "fault": FAULT} | {key: FAULT + value for key, value in at.items()},
+    )
 
 
 def test_killed_is_counted_from_the_first_error_anywhere() -> None:
@@ -33,18 +37,19 @@ def test_killed_is_counted_from_the_first_error_anywhere() -> None:
         run(
             use(0, -3.0, -2.9, session=9),
             use(0, -0.01, 0.010, "OperationalError"),
-            use(0, 0.02, 0.050, "OperationalError", session=9),
+            use(0, 0.03, 0.050, "OperationalError", session=9),
             use(1, 0.02, 0.03, host=OTHER),
+            gone=0.02,
             start=4,
         )
     )
     assert (row.median, row.longest, row.failed) == pytest.approx((0.02, 0.04, 2))
-    assert {"at most 1 per connection", "1 of idle ones", "1 began after the kill"} <= set(row.further)
+    assert {"failed: at most 1 per connection", "1 of idle ones", "1 that began later"} <= set(row.further)
 
 
 def test_killed_without_errors_has_no_times() -> None:
     """Where no use failed there is nothing to count from; how long a use took is told all the same."""
-    row = figures.killed(run(use(0, 0.1, 1.1, host=OTHER), start=4))
+    row = figures.killed(run(use(0, 0.1, 1.1, host=OTHER), gone=0.02, start=4))
     assert (row.median, row.longest, row.failed) == (None, None, 0)
     assert row.longest_use == pytest.approx(1.0)
 

@@ -184,27 +184,3 @@ def wait_for(condition: object, within: float, otherwise: str) -> float:
             raise RuntimeError(otherwise)
         time.sleep(TICK_S)
     return time.monotonic()
-
-
-class Noise:
-    """How late a process that sleeps for 5 ms wakes up, all along: what the machine adds to every figure."""
-
-    def __init__(self) -> None:
-        self.late: list[float] = []
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while True:
-            began = time.monotonic()
-            if self._is_over.wait(TICK_S):
-                return
-            self.late.append(time.monotonic() - began - TICK_S)

@@ -14,7 +14,7 @@ from typing import Final
 from tools.bench.failover.crew import Use
 from tools.bench.failover.runs import Run
 
-RESTED_S: Final = 0.5  # a connection that nobody used for so long before the fault was idle; shmpool's own bound
+RESTED_S: Final = 0.5  # a connection that nobody used for so long before its server went was idle; shmpool's own bound
 FAIR: Final = 0.8  # of an equal share
 LAST_S: Final = 5.0
 STANDBY_REFUSES: Final = "25006"
@@ -39,11 +39,12 @@ def killed(run: Run) -> Row:
     last = None if first is None else _by_worker(run.uses, failed, first)
     beaten = Counter((use.worker, use.session) for use in failed if use.session)
     fresh, rested = sessions(run)
+    gone = run.at["gone"]
     further = [
-        f"{len(fresh)} connections to it in use, {len(rested)} idle",
-        f"at most {max(beaten.values(), default=0)} per connection",
+        f"its sessions ended {(gone - fault) * 1000:.0f} ms after the kill: {len(fresh)} in use, {len(rested)} idle",
+        f"failed: at most {max(beaten.values(), default=0)} per connection",
         f"{sum(beaten[key] for key in rested)} of idle ones",
-        f"{sum(use.began > fault for use in failed)} began after the kill",
+        f"{sum(use.began > gone for use in failed)} that began later",
         _kept(run, fault, until),
     ]
     return _row(last, failed, _longest(run.uses, fault, until), further)
@@ -112,14 +113,17 @@ def returned(run: Run) -> Row:
 
 
 def sessions(run: Run) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
-    """Return the victim's sessions at the fault, as (worker, session): used a short while ago, and idle."""
-    fault = run.at["fault"]
+    """Return the victim's sessions when they ended, as (worker, session): used a short while ago, and idle.
+
+    A killed server's sessions live on for some milliseconds and serve: what counts is when they end.
+    """
+    gone = run.at["gone"]
     last: dict[tuple[int, int], float] = {}
     for use in run.uses:
-        if use.host == run.victim and use.began <= fault:
+        if use.host == run.victim and use.began <= gone:
             key = (use.worker, use.session)
             last[key] = max(last.get(key, 0.0), use.ended)
-    fresh = {key for key, ended in last.items() if ended > fault - RESTED_S}
+    fresh = {key for key, ended in last.items() if ended > gone - RESTED_S}
     return fresh, set(last) - fresh
 
 
@@ -149,9 +153,10 @@ def _kept(run: Run, since: float, until: float) -> str:
     """Say how much of the load was served in a while, of what was before the fault."""
     fault = run.at["fault"]
     good = [use for use in run.uses if use.is_good]
-    steady = sum(fault - 1 < use.ended <= fault for use in good)
+    begin = run.at["steady"]
+    steady = sum(begin < use.ended <= fault for use in good) / (fault - begin)
     served = sum(since < use.ended <= until for use in good) / (until - since)
-    return f"load served {served / max(1, steady):.0%}"
+    return f"load served {served / steady:.0%}"
 
 
 def _row(times: Mapping[int, float] | None, failed: Sequence[Use], longest_use: float, further: Sequence[str]) -> Row:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -11,8 +10,7 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from tools.bench.failover import figures, runs
-from tools.bench.failover.crew import Noise
+from tools.bench.failover import figures, noise, runs
 from tools.bench.failover.figures import Row
 from tools.bench.failover.peers import PEERS, QUERY_TIMEOUT_S, SETTINGS, missing
 
@@ -40,7 +38,7 @@ def failover(names: Sequence[str], *, is_quick: bool) -> None:
     rows: dict[str, list[Row]] = {}
     quiet: list[str] = []
     rates: dict[int, float] = {}
-    with Noise() as noise:
+    with noise.watched() as lateness:
         for name in names:
             if absent := missing(name):
                 console.print(f"{name}: left out, {' and '.join(absent)} not installed (make bench-failover does)")
@@ -51,11 +49,7 @@ def failover(names: Sequence[str], *, is_quick: bool) -> None:
     if rates:
         counts = ", ".join(f"{rate:.2f} with {workers}" for workers, rate in rates.items())
         console.print(f"shmpool's statements that probe a replica, a second, by attached workers: {counts}")
-    late = [seconds * 1000 for seconds in noise.late]
-    console.print(
-        f"noise: a sleep of 5 ms ended {statistics.median(late):.2f} ms late (median), 99th percentile "
-        f"{statistics.quantiles(late, n=100)[98]:.1f}, most {max(late):.0f}; {os.cpu_count()} CPUs"
-    )
+    console.print(f"noise: {lateness[0]}; {os.cpu_count()} CPUs")
     console.print(f"one use before the fault, median and 99th percentile: {'; '.join(quiet)}")
     console.print(f"took {time.monotonic() - began:.0f} s")
 

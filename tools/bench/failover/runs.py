@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
@@ -24,6 +25,8 @@ from tools.pg_cluster import Cluster, Server, children_of
 WORKERS: Final = 8
 CROWD: Final = (1, 64)
 SAMPLE_S: Final = 0.1
+STARTS_S: Final = 0.5
+WITNESSES: Final = 4
 POLL_S: Final = 0.002
 SESSIONS: Final = (
     "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND application_name LIKE 'bench%'"
@@ -42,7 +45,7 @@ class Lengths:
     counted: float  # probes
 
 
-FULL: Final = Lengths(steady=3, dead=8, returned=45, frozen=15, promoted=10, counted=20)
+FULL: Final = Lengths(steady=3, dead=8, returned=40, frozen=15, promoted=10, counted=30)
 QUICK: Final = Lengths(steady=1.5, dead=4, returned=8, frozen=8, promoted=5, counted=6)
 
 
@@ -106,10 +109,10 @@ def killed_and_returned(name: str, cluster: Cluster, lengths: Lengths) -> Run:
     victim, other = cluster.standbys
     run = Run(victim=victim.host)
     with under_load(name, cluster, "read") as (crew, _), Sampler(victim, other, run.sessions):
-        crew.tell("load")
-        time.sleep(lengths.steady)
-        run.at["fault"] = time.monotonic()
-        start_again = kill(victim)
+        _begin(crew, run, lengths)
+        with _watching_its_end(victim, run.at):
+            run.at["fault"] = time.monotonic()
+            start_again = kill(victim)
         time.sleep(lengths.dead)
         run.at["start"] = time.monotonic()
         start_again()
@@ -118,6 +121,32 @@ def killed_and_returned(name: str, cluster: Cluster, lengths: Lengths) -> Run:
         run.at["end"] = time.monotonic()
         run.uses = crew.end()
     return run
+
+
+def _begin(crew: Crew, run: Run, lengths: Lengths) -> None:
+    """Put the load on, and let it get steady."""
+    crew.tell("load")
+    time.sleep(STARTS_S)
+    run.at["steady"] = time.monotonic()
+    time.sleep(lengths.steady)
+
+
+@contextmanager
+def _watching_its_end(server: Server, at: dict[str, float]) -> Iterator[None]:
+    """Note when the last of some idle bare connections to a server that the block kills has seen that it is gone."""
+    witnesses = [psycopg2.connect(server.conninfo()) for _ in range(WITNESSES)]
+    try:
+        yield
+        waiting = list(witnesses)
+        while waiting:
+            ready = select.select(waiting, [], [], 10)[0]
+            if not ready:
+                raise RuntimeError(f"{server.name} is not gone")
+            at["gone"] = time.monotonic()
+            waiting = [connection for connection in waiting if connection not in ready]
+    finally:
+        for connection in witnesses:
+            connection.close()
 
 
 def killed_at_rest(name: str, cluster: Cluster, lengths: Lengths) -> Run:
@@ -150,8 +179,7 @@ def frozen(name: str, cluster: Cluster, lengths: Lengths) -> Run:
     victim = cluster.standbys[0]
     run = Run(victim=victim.host)
     with under_load(name, cluster, "read") as (crew, _):
-        crew.tell("load")
-        time.sleep(lengths.steady)
+        _begin(crew, run, lengths)
         run.at["fault"] = time.monotonic()
         victim.pause()
         try:
@@ -171,8 +199,7 @@ def promoted(name: str, lengths: Lengths) -> Run:
         heir = cluster.standbys[0]
         run = Run(victim=heir.host)
         with under_load(name, cluster, "write") as (crew, _):
-            crew.tell("load")
-            time.sleep(lengths.steady)
+            _begin(crew, run, lengths)
             run.at["fault"] = time.monotonic()
             kill(cluster.primary)
             time.sleep(1)
