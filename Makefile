@@ -34,7 +34,7 @@ bench: venv-uwsgi ## measure
 venv-bench: venv ## install the pools that bench-failover compares with
 	@$(PY) tools/bootstrap.py bench
 
-bench-failover: venv-bench ## kill, freeze, promote and return servers under four pools (eight minutes)
+bench-failover: venv-bench ## kill, freeze, promote and return servers under four pools (ten minutes)
 	@$(PY) -m tools.bench failover
 
 crash: venv      ## run the crash tests at every point

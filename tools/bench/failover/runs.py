@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ WORKERS: Final = 8
 CROWD: Final = (1, 64)
 SAMPLE_S: Final = 0.1
 STARTS_S: Final = 0.5
-WITNESSES: Final = 4
+GONE_S: Final = 10.0
 POLL_S: Final = 0.002
 SESSIONS: Final = (
     "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND application_name LIKE 'bench%'"
@@ -83,18 +82,36 @@ def under_load(name: str, cluster: Cluster, group: str, workers: int = WORKERS) 
         yield stack.enter_context(Crew(name, site, workers)), site
 
 
-def kill(server: Server) -> Callable[[], None]:
-    """Kill the postmaster alone, its children see that and go; return what starts the server again."""
-    postmaster = server.pid
-    assert postmaster is not None
-    children = children_of(postmaster)
-    os.kill(postmaster, signal.SIGKILL)
+@dataclass(frozen=True, slots=True)
+class Killed:
+    """A server whose postmaster was killed alone: its children see that and go, some milliseconds later."""
 
-    def again() -> None:
-        wait_for(lambda: not server.is_running and not any(map(_lives, children)), 10, "children outlive their server")
-        server.start()
+    server: Server
+    children: Sequence[int]
 
-    return again
+    def wait_gone(self) -> float:
+        """Wait until its last process has ended, and with it every session; return when."""
+        living = set(self.children)
+        deadline = time.monotonic() + GONE_S
+        while living and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            living = set(filter(_lives, living))
+        if living:
+            raise RuntimeError(f"{self.server.name}: processes {living} outlive it")
+        return time.monotonic()
+
+    def start_again(self) -> None:
+        self.wait_gone()
+        wait_for(lambda: not self.server.is_running, GONE_S, f"{self.server.name} still runs")
+        self.server.start()
+
+
+def kill(server: Server) -> Killed:
+    """Kill the postmaster of a server."""
+    assert server.pid is not None
+    killed = Killed(server, children_of(server.pid))
+    os.kill(server.pid, signal.SIGKILL)
+    return killed
 
 
 def _lives(pid: int) -> bool:
@@ -110,12 +127,12 @@ def killed_and_returned(name: str, cluster: Cluster, lengths: Lengths) -> Run:
     run = Run(victim=victim.host)
     with under_load(name, cluster, "read") as (crew, _), Sampler(victim, other, run.sessions):
         _begin(crew, run, lengths)
-        with _watching_its_end(victim, run.at):
-            run.at["fault"] = time.monotonic()
-            start_again = kill(victim)
+        run.at["fault"] = time.monotonic()
+        killed = kill(victim)
+        run.at["gone"] = killed.wait_gone()
         time.sleep(lengths.dead)
         run.at["start"] = time.monotonic()
-        start_again()
+        killed.start_again()
         run.at["returned"] = time.monotonic()
         time.sleep(lengths.returned)
         run.at["end"] = time.monotonic()
@@ -131,24 +148,6 @@ def _begin(crew: Crew, run: Run, lengths: Lengths) -> None:
     time.sleep(lengths.steady)
 
 
-@contextmanager
-def _watching_its_end(server: Server, at: dict[str, float]) -> Iterator[None]:
-    """Note when the last of some idle bare connections to a server that the block kills has seen that it is gone."""
-    witnesses = [psycopg2.connect(server.conninfo()) for _ in range(WITNESSES)]
-    try:
-        yield
-        waiting = list(witnesses)
-        while waiting:
-            ready = select.select(waiting, [], [], 10)[0]
-            if not ready:
-                raise RuntimeError(f"{server.name} is not gone")
-            at["gone"] = time.monotonic()
-            waiting = [connection for connection in waiting if connection not in ready]
-    finally:
-        for connection in witnesses:
-            connection.close()
-
-
 def killed_at_rest(name: str, cluster: Cluster, lengths: Lengths) -> Run:
     """A replica is killed while nobody uses a connection; then each worker uses all of its own at once."""
     victim = cluster.standbys[0]
@@ -156,7 +155,7 @@ def killed_at_rest(name: str, cluster: Cluster, lengths: Lengths) -> Run:
     with under_load(name, cluster, "read") as (crew, site):
         time.sleep(1)  # past any window in which a connection counts as just used
         run.at["fault"] = time.monotonic()
-        start_again = kill(victim)
+        killed = kill(victim)
         try:
             if site.pool:
                 is_down = lambda: _health(site.pool, victim.name) is Health.DOWN  # noqa: E731
@@ -166,7 +165,7 @@ def killed_at_rest(name: str, cluster: Cluster, lengths: Lengths) -> Run:
             crew.tell("burst")
             run.uses = crew.end()
         finally:
-            start_again()
+            killed.start_again()
     return run
 
 
