@@ -41,7 +41,8 @@ def killed(run: Run) -> Row:
     fresh, rested = sessions(run)
     gone = run.at["gone"]
     further = [
-        f"its sessions ended {(gone - fault) * 1000:.0f} ms after the kill: {len(fresh)} in use, {len(rested)} idle",
+        f"its last process ended {(gone - fault) * 1000:.0f} ms after the kill",
+        f"connections: {len(fresh)} in use, {len(rested)} idle",
         f"failed: at most {max(beaten.values(), default=0)} per connection",
         f"{sum(beaten[key] for key in rested)} of idle ones",
         f"{sum(use.began > gone for use in failed)} that began later",
@@ -113,9 +114,9 @@ def returned(run: Run) -> Row:
 
 
 def sessions(run: Run) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
-    """Return the victim's sessions when they ended, as (worker, session): used a short while ago, and idle.
+    """Return the victim's sessions when its last process ended, as (worker, session): in use, and idle.
 
-    A killed server's sessions live on for some milliseconds and serve: what counts is when they end.
+    A killed server's sessions live on for some milliseconds and serve: what was put to use meanwhile was in use.
     """
     gone = run.at["gone"]
     last: dict[tuple[int, int], float] = {}
