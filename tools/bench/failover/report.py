@@ -34,15 +34,18 @@ def failover(names: Sequence[str], *, is_quick: bool) -> None:
     """Print how the pools stand what happens to their servers."""
     lengths = runs.QUICK if is_quick else runs.FULL
     console = Console(width=WIDTH, highlight=False)
+    for name in names:
+        if absent := missing(name):
+            console.print(f"{name}: left out, {' and '.join(absent)} not installed (make bench-failover does)")
+    present = [name for name in names if not missing(name)]
+    if not present:
+        return
     began = time.monotonic()
     rows: dict[str, list[Row]] = {}
     quiet: list[str] = []
     rates: dict[int, float] = {}
     with noise.watched() as lateness:
-        for name in names:
-            if absent := missing(name):
-                console.print(f"{name}: left out, {' and '.join(absent)} not installed (make bench-failover does)")
-                continue
+        for name in present:
             rows[name] = _measure(name, lengths, quiet, rates, console)
     _print_settings(console, list(rows))
     console.print(_table(rows))
