@@ -103,6 +103,8 @@ def open_lease(group: LocalGroup, token: Lease, attempt: Attempt, deadline: floa
         )
         _refused(group, endpoint.index, wrong, attempt, deadline)
         return None
+    if settings.target == "primary" and not settings.readonly:
+        conn.doubt_role = lambda: group.attachment.say_evidence(endpoint.index, "a write was refused (25006)")
     group.router.trust(endpoint.index)
     return token
 
