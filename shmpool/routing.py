@@ -93,7 +93,7 @@ def _exclusion(group: GroupSettings, candidate: Candidate) -> str | None:
     if status.admin is not Admin.READY:
         return f"{status.admin.name.lower()} by its administrators"
     if status.verdict is Verdict.ROLE_CONFLICT:
-        return "claims to be the primary, but a newer one exists"
+        return "claims to be the primary, as another one of its cluster does"
     return None
 
 

@@ -235,6 +235,12 @@ class SlotTable:
         index = group.index
         return sum(1 for t in tuple(self._tethers.values()) if t.group is not None and t.group.index == index)
 
+    def resources(self) -> list[tuple[int, object]]:
+        """Return what permits are held for now, each with the index of its endpoint."""
+        tethers = tuple(self._tethers.values())
+        held = [(tether.endpoint, tether.resource) for tether in tethers]
+        return [(endpoint.index, resource) for endpoint, resource in held if endpoint and resource is not None]
+
     def counters(self, group: GroupPermits) -> dict[str, float]:
         """Return the sums of the counters of the slots that count for a group."""
         sums: dict[str, float] = {SLOTS.columns[column].name: 0 for column in _COUNTERS}

@@ -35,17 +35,23 @@ def test_older_primary_is_overtaken_whatever_its_health(pool_name: str) -> None:
         primary = EndpointHealth(health=Health.UP, role=Role.PRIMARY, verdict=Verdict.OK)
         for index, timeline in ((0, 1), (1, 2)):
             seen = ProbeResult(verdict=Verdict.OK, role=Role.PRIMARY, timeline=timeline, system_identifier=7, lsn=1)
-            registry.record_probe(index, primary, seen)
+            registry.endpoints.record_probe(index, primary, seen)
 
         def overtaken() -> list[bool]:
             return [is_overtaken(registry.segment, endpoints, index) for index in (0, 1)]
 
         assert overtaken() == [True, False]
-        registry.judge(0, EndpointHealth(health=Health.DOWN, role=Role.PRIMARY, verdict=Verdict.TIMEOUT))
-        assert registry.status(0).verdict is Verdict.TIMEOUT
+        registry.endpoints.judge(0, EndpointHealth(health=Health.DOWN, role=Role.PRIMARY, verdict=Verdict.TIMEOUT))
+        assert registry.endpoints.status(0).verdict is Verdict.TIMEOUT
         assert overtaken() == [True, False]
-        registry.record_serving(0, EndpointHealth(health=Health.UP, role=Role.REPLICA, verdict=Verdict.TIMEOUT))
+        registry.endpoints.record_serving(
+            0, EndpointHealth(health=Health.UP, role=Role.REPLICA, verdict=Verdict.TIMEOUT)
+        )
         assert overtaken() == [False, False]
-        registry.record_serving(0, EndpointHealth(health=Health.UP, role=Role.PRIMARY, verdict=Verdict.TIMEOUT))
-        assert registry.status(0).verdict is Verdict.TIMEOUT, "its timeline is not known: it supersedes nobody"
+        registry.endpoints.record_serving(
+            0, EndpointHealth(health=Health.UP, role=Role.PRIMARY, verdict=Verdict.TIMEOUT)
+        )
+        assert registry.endpoints.status(0).verdict is Verdict.TIMEOUT, (
+            "its timeline is not known: it supersedes nobody"
+        )
         assert overtaken() == [False, False]
