@@ -315,7 +315,6 @@ class LocalGroup:
             is_over = self.is_retired or not self.attachment.is_current()
             return bool((self.idle and not is_choosy) or scout.handed) or relieved or is_over
 
-        self.attachment.say_waiting(self.permits.index)
         return self.table.wait(
             token,
             self.permits,
@@ -323,6 +322,7 @@ class LocalGroup:
             deadline,
             is_done=is_done,
             queued=lambda: max(0, len(self.queue.waiters) - 1),  # this one may just be out of the queue, to be served
+            tell=lambda: self.attachment.say_waiting(self.permits.index),
         )
 
     def _take_token(self) -> Lease | None:
