@@ -9,6 +9,8 @@ If a signal handler raises here.  Nobody knows how far a connect came: its permi
 from __future__ import annotations
 
 import time
+import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import psycopg2
@@ -38,6 +40,7 @@ from shmpool.states import Admin, Role, Use
 from shmpool.words import Status
 
 if TYPE_CHECKING:
+    from shmpool.attachment import Attachment
     from shmpool.local_group import LocalGroup
 
 LIFETIME_JITTER: Final = 0.05
@@ -113,7 +116,7 @@ def open_lease(group: LocalGroup, token: Lease, attempt: Attempt, deadline: floa
     if is_trial:
         attachment.trials.succeeded(endpoint.index)
     if settings.target == "primary" and not settings.readonly:
-        conn.doubt_role = lambda: group.attachment.say_evidence(endpoint.index, "a write was refused (25006)")
+        conn.doubt_role = partial(_tell_refusal, weakref.ref(attachment), endpoint.index)
     group.router.trust(endpoint.index)
     return token
 
@@ -155,13 +158,26 @@ def _bound(group: LocalGroup, conn: Connection, endpoint: int) -> None:
     """Have the time of a connection's queries watched, where the group wants that."""
     seconds = group.settings.query_timeout
     if seconds is not None and isinstance(conn, BoundedConnection):
-        conn.watch(seconds, lambda told: _tell_cut(group, endpoint, told))
+        conn.watch(seconds, partial(_tell_cut, weakref.ref(group), endpoint))
 
 
-def _tell_cut(group: LocalGroup, endpoint: int, told: str) -> None:
+# What a connection calls does not keep its group: the slot table refers to the connection, and the circle would keep a
+# connection open that nobody has.
+
+
+def _tell_refusal(attachment: weakref.ref[Attachment], endpoint: int) -> None:
+    """Let the coordinator look at a primary that refused a write."""
+    if (attached := attachment()) is not None:
+        attached.say_evidence(endpoint, "a write was refused (25006)")
+
+
+def _tell_cut(of: weakref.ref[LocalGroup], endpoint: int, told: str) -> None:
     """Log that a query was cut off, and let the coordinator look at the server."""
     import logging  # cold, and an application has it anyway
 
+    group = of()
+    if group is None:
+        return
     group.attachment.say_evidence(endpoint, told)
     name = group.recipes[endpoint].endpoint.name if endpoint in group.recipes else str(endpoint)
     logging.getLogger("shmpool").warning(

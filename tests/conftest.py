@@ -48,23 +48,23 @@ def _traces() -> set[str]:
     entries = set(SHARED_MEMORY.glob("*shmpool*"))
     foreign = tuple(_foreign_stems(entries)) if entries else ()
     own = [path for path in entries if not path.name.removeprefix("sem.").startswith(foreign)]
-    return {str(path) for path in own if not _is_named_by_another_run(path.name)} | _children()
+    pids = {path: _pids_in(path.name) for path in own}
+    others = {pid for pid in set().union(*pids.values()) if _is_another_run(pid)}
+    return {str(path) for path in own if not pids[path] & others} | _children()
 
 
-def _is_named_by_another_run(name: str) -> bool:
-    """Whether a number in a pool's name, as tests give them, is the process id of another test run, or of its child."""
+def _pids_in(name: str) -> set[int]:
+    """Return what may be process ids in a pool's name: tests give it that of their run, or of its child."""
     pool = "".join(name.removeprefix("sem.").split(".")[2:3])
-    return any(_is_another_run(int(number)) for number in re.findall(r"\d+", pool))
+    return {int(number) for number in re.findall(r"\d+", pool)}
 
 
 def _is_another_run(pid: int) -> bool:
-    if pid in _descendants(os.getpid()):
-        return False
     try:
         command, environment = (Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ"))
     except OSError:
         return False
-    return b"pytest" in command or f"{RUN}=".encode() in environment
+    return (b"pytest" in command or f"{RUN}=".encode() in environment) and not _is_of_this_run(pid)
 
 
 def _foreign_stems(entries: set[Path]) -> Iterator[str]:
