@@ -60,6 +60,8 @@ def _pids_in(name: str) -> set[int]:
 
 
 def _is_another_run(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
     try:
         command, environment = (Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ"))
     except OSError:
@@ -85,7 +87,7 @@ def _foreign_stems(entries: set[Path]) -> Iterator[str]:
 
 def _is_of_this_run(pid: int) -> bool:
     """Whether this test run started a process; a detached coordinator is no child."""
-    if pid in _descendants(os.getpid()):
+    if pid == os.getpid() or pid in _descendants(os.getpid()):
         return True
     try:
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
