@@ -36,6 +36,7 @@ from shmpool.words import YES, Kind
 from shmpool.words import field as field_of
 from shmpool_coordinator import health
 from shmpool_coordinator.arbiter import Arbiter, waiting_groups
+from shmpool_coordinator.balance import Balancer
 from shmpool_coordinator.config import Config, ConfigError
 from shmpool_coordinator.config import Probe as ProbeOptions
 from shmpool_coordinator.control import Control, Peer, Reply, RequestError
@@ -223,6 +224,7 @@ class Daemon:
         self.permits = registry.permits
         self.reaper = Reaper(self.segment, registry.locks)
         self.arbiter = Arbiter(self.segment, lambda row: registry.locks.holder(row) is not None)
+        self.balancer = Balancer(self.segment, self.permits, self.arbiter.connections)
         self.sessions = Sessions(self.segment, self._wake)
         self._sent_home: dict[int, int] = {}  # slot words, by slot: what rests at drained endpoints and was asked for
 
@@ -280,6 +282,8 @@ class Daemon:
         assert self.registry.settings is not None
         usable = self.registry.usable_endpoints() if waiters else {}
         rows = self.arbiter.tick(waiters, self.registry.settings, usable, self.permits, now)
+        if not self.registry.is_retired:
+            rows |= self.balancer.tick(self.registry.settings, {waiter.group for waiter in waiters}, now)
         rows |= self._rows_to_leave()
         if rows:
             self.control.send_rows(rows, "recall")
