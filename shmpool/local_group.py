@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from shmpool.pool import Pool
 
 PING_TIMEOUT_S: Final = 5.0
-RESTED_S: Final = 0.5  # a connection that is used more often is opened anew by its next user, not ahead of it
+RESTED_S: Final = 0.5  # the only one at rest, if used more often, is opened anew by its next user, not ahead of it
 POLITE_S: Final = 0.002  # about the cost of a connect
 
 
@@ -142,7 +142,7 @@ class LocalGroup:
             if wanted_back or self.is_retired or now - lease.since >= self.settings.max_idle:
                 give_back(lease)
             elif self.leave_for_better(lease):
-                moved += now - lease.since >= RESTED_S
+                moved += bool(self.idle) or now - lease.since >= RESTED_S
             elif not self.is_fit(lease, is_wanted=False):
                 continue
             elif self.router.is_too_slow(lease.recipe.endpoint.index):
@@ -167,9 +167,11 @@ class LocalGroup:
 
     def _open_ahead(self) -> None:
         """Open a connection for the next request that needs one; a failure is left to that request."""
-        attempt = Attempt()
+        attempt, deadline = Attempt(), monotonic() + self.settings.timeout
         try:
-            lease = self.try_open(attempt, monotonic() + self.settings.timeout, may_wait=False)
+            lease = self.try_open(attempt, deadline, may_wait=False)
+            if lease is None and attempt.failures:  # elsewhere, then: where it comes from, as a rule
+                lease = self.try_open(attempt, deadline, may_wait=False)
         except Exception as error:  # noqa: BLE001  whatever `on_connect` raises: the thread is to go on
             import logging  # cold, and an application has it anyway
 
