@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from typing import Final
 
 from shmpool.errors import MechanismError, SegmentMismatchError
+from shmpool.judgement import judge, missing
 from shmpool.layout import GROUPS, PERMITS
 from shmpool.names import SHM_DIR, Names
 from shmpool.rows import Locks, Process, owner_of
 from shmpool.segment import Segment, attach
 from shmpool.semaphores import Semaphore, check, inode_of, open_existing
-from shmpool.status import Facts, LostName, Report, judge, missing
+from shmpool.status import Facts, LostName, Report
 from shmpool.views import PoolView, read_pool
 
 READ_TRIES: Final = 3  # what looks wrong, or was torn by load, is looked at again

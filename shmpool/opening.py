@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 import psycopg2
+from psycopg2.extensions import make_dsn, parse_dsn
 
 from shmpool import slots
 from shmpool.bounded import BoundedConnection
@@ -22,6 +23,7 @@ from shmpool.connection import (
     Connection,
     Recipe,
     WrongRoleError,
+    WrongServerError,
     application_name,
     open_connection,
     prepare,
@@ -32,14 +34,16 @@ from shmpool.endpoints import status_at
 from shmpool.lease import Lease, give_back
 from shmpool.router import Attempt
 from shmpool.routing import is_role_allowed
-from shmpool.states import Admin, Use
+from shmpool.states import Admin, Role, Use
 from shmpool.words import Status
 
 if TYPE_CHECKING:
     from shmpool.local_group import LocalGroup
 
 LIFETIME_JITTER: Final = 0.05
+LEAST_CONNECT_S: Final = 2  # libpq takes 1 for 2
 REFUSED_PAUSE_S: Final = 0.05  # between rounds in which every eligible endpoint refused
+_PID_MASK: Final = 0xFFFFFFFF  # a pooler makes numbers up, negative ones too
 _PASSING: Final = (
     "starting up",
     "shutting down",
@@ -47,6 +51,9 @@ _PASSING: Final = (
     "too many clients",
     "too many connections",
     "connection slots",
+    "no more connections allowed",
+    "cannot connect to server",
+    "login has been failing",
 )  # of a server that answers: it will serve soon
 
 
@@ -60,12 +67,15 @@ def open_lease(group: LocalGroup, token: Lease, attempt: Attempt, deadline: floa
     name = application_name(settings.application_name, group.pool.name, row, generation, slot)
     token.status_at = status_at(attachment.segment, endpoint.index)
     token.status = group.table.words[token.status_at]
-    if Status.of(token.status).admin is not Admin.READY:  # drained since it was chosen
+    status = Status.of(token.status)
+    is_trial = attempt.is_trial(endpoint.index)
+    is_late = is_trial and not attachment.trials.begin(endpoint.index, status.epoch)  # another thread just tries it
+    if status.admin is not Admin.READY or is_late:  # drained since it was chosen
         _let_go_unopened(group, token, is_over=True)
         return None
     began = monotonic()
     try:
-        conn = _connect(group, recipe, name, deadline)
+        conn = _connect(group, recipe, name, deadline, is_trial=is_trial)
     except (ConnectFailedError, CredentialsError) as error:
         group.table.words[token.detail_at + slots.ERRORS] += 1
         _let_go_unopened(group, token, is_over=error.is_over)
@@ -80,29 +90,46 @@ def open_lease(group: LocalGroup, token: Lease, attempt: Attempt, deadline: floa
     try:
         _bound(group, conn, endpoint.index)
         prepare(conn, recipe)
-        role = role_of(conn)
+        role = role_of(conn, recipe)
+    except ConnectFailedError as error:  # a pooler took it, and has no server for it
+        group.table.words[token.detail_at + slots.ERRORS] += 1
+        give_back(token)
+        _refused(group, endpoint.index, error, attempt, deadline)
+        return None
     except BaseException:
         give_back(token)
         raise
+    if is_trial:
+        attachment.say_served(endpoint.index, Role.UNKNOWN if recipe.endpoint.address == "service" else role)
     if not is_role_allowed(settings.target, role):
         give_back(token)
-        wrong = WrongRoleError(
-            f"endpoint {recipe.endpoint.name!r} is a {role.name.lower()}, group "
+        is_service = recipe.endpoint.address == "service"
+        wrong = (WrongServerError if is_service else WrongRoleError)(
+            f"endpoint {recipe.endpoint.name!r} {'led to' if is_service else 'is'} a {role.name.lower()}, group "
             f"{settings.name!r} wants {settings.target}"
         )
         _refused(group, endpoint.index, wrong, attempt, deadline)
         return None
+    if is_trial:
+        attachment.trials.succeeded(endpoint.index)
+    if settings.target == "primary" and not settings.readonly:
+        conn.doubt_role = lambda: group.attachment.say_evidence(endpoint.index, "a write was refused (25006)")
     group.router.trust(endpoint.index)
     return token
 
 
-def _connect(group: LocalGroup, recipe: Recipe, name: str, deadline: float) -> Connection:
+def _connect(group: LocalGroup, recipe: Recipe, name: str, deadline: float, *, is_trial: bool) -> Connection:
     """Read the secrets and connect; once more, a moment later, where they may just be being replaced.
+
+    Args:
+        is_trial: little hope: it is not to take much longer than the caller has time.
 
     Raises:
         ConnectFailedError, CredentialsError: that failed, too, or there was no time for it.
     """
     endpoint, used = recipe.endpoint, None
+    if is_trial:
+        recipe = recipe._replace(dsn=_bounded_dsn(recipe.dsn, deadline))
     try:
         used = read_secrets(endpoint, group.pool.credentials)
         return open_connection(recipe, name, used)
@@ -115,6 +142,13 @@ def _connect(group: LocalGroup, recipe: Recipe, name: str, deadline: float) -> C
         if used is not None and not may_be_cured(str(error), used, now):
             raise
         return open_connection(recipe, name, now)
+
+
+def _bounded_dsn(dsn: str, deadline: float) -> str:
+    """Return a conninfo whose connect takes no longer than it says, nor than there is time (libpq knows seconds)."""
+    left = max(LEAST_CONNECT_S, int(deadline - monotonic()))
+    own = int(parse_dsn(dsn).get("connect_timeout") or 0)
+    return make_dsn(dsn, connect_timeout=min(own, left) if own > 0 else left)
 
 
 def _bound(group: LocalGroup, conn: Connection, endpoint: int) -> None:
@@ -157,7 +191,7 @@ def _fill_in(group: LocalGroup, token: Lease, conn: Connection, recipe: Recipe) 
     jitter = 1 - LIFETIME_JITTER * chance()
     token.expires = conn.opened_at + group.settings.max_lifetime * jitter
     table.words[token.detail_at + slots.ENDPOINT_EPOCH] = Status.of(token.status).epoch
-    table.words[token.detail_at + slots.BACKEND_PID] = conn.get_backend_pid()
+    table.words[token.detail_at + slots.BACKEND_PID] = conn.get_backend_pid() & _PID_MASK
 
 
 def _let_go_unopened(group: LocalGroup, token: Lease, *, is_over: bool) -> None:
@@ -171,11 +205,22 @@ def _let_go_unopened(group: LocalGroup, token: Lease, *, is_over: bool) -> None:
 def _refused(
     group: LocalGroup, endpoint: int, error: psycopg2.OperationalError, attempt: Attempt, deadline: float
 ) -> None:
-    """Note that an endpoint did not serve; pause once a round, and tell the coordinator."""
-    group.attachment.say_evidence(endpoint, str(error))
-    group.router.avoid(endpoint)
+    """Note that an endpoint did not serve; pause once a round, and tell the coordinator.
+
+    That a name of several servers led to the wrong one says nothing against it, and is tried once more at once.  Of an
+    endpoint that is DOWN nobody is told anything new.
+    """
+    if attempt.is_trial(endpoint):
+        attempt.has_tried = True
+        group.attachment.trials.failed(endpoint, error)
+        return
     again = endpoint in attempt.failures
     attempt.failures[endpoint] = error
+    if not isinstance(error, WrongServerError):
+        group.attachment.say_evidence(endpoint, str(error))
+    elif not again:
+        return
+    group.router.avoid(endpoint)
     eligible = set(attempt.route.order) if attempt.route else set()
     if eligible <= set(attempt.failures):
         if _is_hopeless(attempt):
@@ -187,7 +232,9 @@ def _refused(
 def _is_hopeless(attempt: Attempt) -> bool:
     """Whether every failure is of a kind that does not pass by itself: credentials, database, certificate."""
     return all(
-        isinstance(error, CredentialsError) or ("FATAL:" in str(error) and not is_passing(error))
+        isinstance(error, CredentialsError)
+        or (isinstance(error, ConnectFailedError) and error.is_untrusted)
+        or ("FATAL:" in str(error) and not is_passing(error))
         for error in attempt.failures.values()
     )
 

@@ -25,7 +25,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from psycopg2.extensions import STATUS_READY, cursor
 
@@ -34,6 +34,7 @@ from shmpool.bounded import bounded
 from shmpool.clock import monotonic
 from shmpool.connection import Connection, are_spent, make_recipe, restore
 from shmpool.credentials import Lookup
+from shmpool.endpoints import is_down
 from shmpool.errors import DisownedError, MechanismError, SegmentMissingError, SegmentRetiredError
 from shmpool.freshness import acquire_after
 from shmpool.handle import Handle
@@ -42,10 +43,14 @@ from shmpool.local_group import LocalGroup
 from shmpool.names import Names
 from shmpool.pool_errors import ConfigurationDiffers, CoordinatorNotRunning, PoolClosed, PoolError, UnknownGroup
 from shmpool.position import CommitPosition
+from shmpool.retry import run
 from shmpool.settings import GIVEN, GroupSettings
+from shmpool.silence import cut_unanswered
 
 if TYPE_CHECKING:
     from shmpool.document import Document
+
+_Result = TypeVar("_Result")
 
 JOIN_PAUSE_S: Final = 0.02  # between looks for a segment that is about to open
 SERVER_STARTS_S: Final = 10.0  # what an application server has to start the coordinator that it brings along
@@ -190,6 +195,35 @@ class Pool:
         if after is not None:
             return LendingAfter(self, group, timeout, after)
         return Lending(self, group, timeout)
+
+    def run(
+        self,
+        group: str,
+        function: Callable[[Handle], _Result],
+        *,
+        retries: int = 2,
+        timeout: float | None = None,
+        after: CommitPosition | None = None,
+    ) -> _Result:
+        """Call a function with a connection of a group, commit as `connection` does, and return its result.
+
+        After a failure it is called again, with another connection and a short pause, where that is safe: the
+        connection was lost before a statement was sent, or the server rolled the whole transaction back (serialization
+        failure, deadlock).  In read-only groups (`readonly = true`, target `replica`) also after any other loss.  In
+        autocommit groups that are not read-only it is called once, and once where it committed something by itself.
+
+        What the function does elsewhere must bear being done again.  It must not end its transaction by a statement
+        (COMMIT as text), nor lift a read-only group's restriction by one.
+
+        Args:
+            retries: how often it is called again at most.
+            timeout: seconds for connections and pauses together; no call begins later.  Default: the group's.
+            after: as for `connection`.
+
+        Raises:
+            What `checkout` raises, and what the last call or its commit raised.
+        """
+        return run(self, group, function, retries=retries, timeout=timeout, after=after)
 
     def statistics(self) -> dict[str, dict[str, float]]:
         """Return this process's numbers for each group it has used: connections, waiting threads, counters."""
@@ -400,6 +434,7 @@ class Pool:
         state.tidy()
         for local in state.groups.values():
             local.look_after_idle()
+        state.cut_unanswered(self.name)
         if not state.attachment.is_current() or state.attachment.is_outdated():
             with contextlib.suppress(PoolError):
                 self._joined()
@@ -452,6 +487,21 @@ class _State:
     def tidy(self) -> None:
         """Close what was dropped without checkin, and give its permits back."""
         tidy(self.attachment.table)
+
+    def cut_unanswered(self, pool: str) -> None:
+        """Cut what waits for a server that is DOWN and does not answer."""
+        attachment = self.attachment
+        held = attachment.table.resources()
+        down = {index for index, _ in held if is_down(attachment.segment, index)}
+        if not down:
+            return
+        cut = cut_unanswered(conn for index, conn in held if index in down and isinstance(conn, Connection))
+        if cut:
+            import logging  # cold, and an application has it anyway
+
+            logging.getLogger("shmpool").warning(
+                "pool %s: cut %d connections in use: their server is DOWN and does not answer", pool, cut
+            )
 
     def retire(self) -> bool:
         """Give back what rests, and the rows when nothing is in use any more; return whether that is so."""

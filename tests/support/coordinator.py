@@ -50,8 +50,16 @@ class CoordinatorProcess:
         prelude: Python that it runs first.
     """
 
-    def __init__(self, config: Path, pool: str, arguments: Sequence[str] = (), prelude: str = "") -> None:
+    def __init__(
+        self,
+        config: Path,
+        pool: str,
+        arguments: Sequence[str] = (),
+        prefix: Sequence[str] = (),
+        prelude: str = "",
+    ) -> None:
         self.config = config
+        self._prefix = tuple(prefix)
         self.names = Names.of(pool)
         self._program = ("-c", f"{prelude}\nimport sys\n{MAIN}") if prelude else ("-m", "shmpool_coordinator")
         self._arguments = tuple(arguments)
@@ -80,7 +88,7 @@ class CoordinatorProcess:
         command = [sys.executable, *self._program, "run", "--config", str(self.config)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, *self._arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*self._prefix, *command, *self._arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         if is_expected_to_serve:
             wait_until(self.answers, within=END_S, what=lambda: f"coordinator ready; log: {self.log}")
@@ -125,16 +133,21 @@ class CoordinatorProcess:
 
 @contextmanager
 def running_coordinator(
-    config: str | Path, pool: str, *arguments: str, prelude: str = ""
+    config: str | Path, pool: str, *arguments: str, prefix: Sequence[str] = (), prelude: str = ""
 ) -> Iterator[CoordinatorProcess]:
-    """Run a coordinator on a configuration (its text, or a file) and end it afterwards; nothing of the pool is left."""
+    """Run a coordinator on a configuration (its text, or a file) and end it afterwards; nothing of the pool is left.
+
+    Args:
+        prefix: the beginning of its command line; what it runs becomes the coordinator by exec.
+        prelude: Python that it runs first.
+    """
     with tempfile.TemporaryDirectory(prefix="coordinator-") as directory:
         if isinstance(config, str):
             path = Path(directory) / f"{pool}.toml"
             path.write_text(config)
         else:
             path = config
-        process = CoordinatorProcess(path, pool, arguments, prelude)
+        process = CoordinatorProcess(path, pool, arguments, prefix, prelude)
         try:
             yield process
         finally:

@@ -14,8 +14,9 @@ from shmpool.segment import private_page
 from shmpool.semaphores import Semaphore
 from shmpool.slots import EndpointPermits, GroupPermits, Outcome, SlotTable, Token
 from shmpool.words import Control
+from shmpool_coordinator.adoption import Access, lock_pool
 from shmpool_coordinator.config import Config, parse
-from shmpool_coordinator.registry import Access, Registry, lock_pool
+from shmpool_coordinator.registry import Registry
 
 CONNINFO = "host=127.0.0.1 port=1 dbname=none"
 

@@ -16,8 +16,8 @@ from shmpool.errors import SegmentMismatchError
 from shmpool.names import Names, uid_of
 from shmpool.observation import observe
 from shmpool.rows import Locks, create_lock_file
+from shmpool_coordinator.adoption import Access
 from shmpool_coordinator.config import Config, ConfigError, parse
-from shmpool_coordinator.registry import Access
 from tests.support.pools import OfflinePool, offline_pool, remove_all, unique_names
 from tests.support.workers import in_child
 

@@ -119,7 +119,7 @@ def test_recall_is_written_and_withdrawn(pool: Desk) -> None:
     segment.words[waiting.use_at] = UseWord(Use.WAITING, 0).word()
 
     def tick(now: float) -> set[int]:
-        usable = registry.usable_endpoints()
+        usable = registry.endpoints.usable()
         return arbiter.tick(arbiter.waiters(), settings, usable, registry.permits, now)
 
     assert waiting_groups(arbiter.waiters()) == ({0}, set())

@@ -161,7 +161,9 @@ def pool(pool_name: str) -> Iterator[Desk]:
     """A pool of two endpoints that have been UP for long."""
     with desk(config_of(pool_name, {"read": 4}, {"pg0": 4, "pg1": 4})) as made:
         for index in made.endpoints:
-            made.registry.judge(index, EndpointHealth(health=Health.UP, role=Role.PRIMARY, verdict=Verdict.OK))
+            made.registry.endpoints.judge(
+                index, EndpointHealth(health=Health.UP, role=Role.PRIMARY, verdict=Verdict.OK)
+            )
             made.registry.segment.times[made.registry.segment.layout.at(ENDPOINTS, index, "since")] = 1.0
         yield made
 

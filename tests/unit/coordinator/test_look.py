@@ -29,12 +29,12 @@ def test_rows_of_that_process_are_looked_at_now(daemon: Daemon) -> None:
     daemon.tick()
     assert daemon._next_tick > 0
     for foreign in (0, 1, -1, 2**70):
-        assert daemon._serve(Mock(), {"type": "look", "pid": foreign}) is None
+        assert daemon.requests.serve(Mock(), {"type": "look", "pid": foreign}) is None
     assert not daemon._ended_rows
-    assert daemon._serve(Mock(), {"type": "look", "pid": os.getpid()}) is None
+    assert daemon.requests.serve(Mock(), {"type": "look", "pid": os.getpid()}) is None
     assert daemon._ended_rows == {row.number}
     assert daemon._next_tick == 0
     with pytest.raises(RequestError, match="pid is 'x', expected a whole number"):
-        daemon._serve(Mock(), {"type": "look", "pid": "x"})
+        daemon.requests.serve(Mock(), {"type": "look", "pid": "x"})
     daemon.segment.words[daemon.segment.layout.at(WORKERS, row.number, "pid")] = 0
     daemon.registry.locks.unlock_row(row.number)

@@ -15,8 +15,10 @@ from shmpool.names import Names
 from shmpool.position import Standing
 from shmpool.states import ADMIN_MOVES, Admin, Health, Role, SegmentState, Verdict
 from shmpool.words import Control
+from shmpool_coordinator.adoption import Access, lock_pool
+from shmpool_coordinator.endpoints import UnknownEndpointError
 from shmpool_coordinator.health import EndpointHealth, ProbeResult
-from shmpool_coordinator.registry import Access, Registry, UnknownEndpointError, lock_pool
+from shmpool_coordinator.registry import Registry
 from tests.support.desk import close_desk, config_of, desk, open_desk
 
 
@@ -125,7 +127,7 @@ def test_removed_names_are_drained_before_their_rows_are_free(pool_name: str) ->
         assert "group a: removed, 1->0 connections" in changes
         registry.permits.tick(gone)
         assert not registry.drop_drained()
-        assert registry.status(0).admin is Admin.DRAIN
+        assert registry.endpoints.status(0).admin is Admin.DRAIN
         assert pool.control(0) == Control(0, 1, 0)
         pool.table.release(token)
         registry.permits.tick(gone)
@@ -178,7 +180,7 @@ def test_position_is_that_of_the_last_probe(pool_name: str) -> None:
         good = ProbeResult(verdict=Verdict.OK, lsn=9, timeline=2, system_identifier=-1, asked_at=50.0)
 
         def seen_after(result: ProbeResult) -> Sighting | None:
-            registry.record_probe(0, replace(up, verdict=result.verdict), result)
+            registry.endpoints.record_probe(0, replace(up, verdict=result.verdict), result)
             return read_sighting(registry.segment, 0)
 
         assert read_sighting(registry.segment, 0) is None
@@ -201,7 +203,9 @@ def test_failing_probes_tell_since_when(pool_name: str) -> None:
         at = registry.segment.layout.at(ENDPOINTS, 0, "failing_since")
 
         def since_after(verdict: Verdict) -> float:
-            registry.record_probe(0, EndpointHealth(health=Health.UP, verdict=verdict), ProbeResult(verdict=verdict))
+            registry.endpoints.record_probe(
+                0, EndpointHealth(health=Health.UP, verdict=verdict), ProbeResult(verdict=verdict)
+            )
             return float(registry.segment.times[at])
 
         assert since_after(Verdict.OK) == 0
@@ -221,11 +225,11 @@ def test_epoch_grows_with_what_workers_must_know(pool_name: str) -> None:
         good = ProbeResult(verdict=Verdict.OK, role=Role.PRIMARY, address="10.0.0.1")
 
         def epoch_after(health: EndpointHealth, result: ProbeResult, verdict: Verdict) -> int:
-            registry.record_probe(0, replace(health, verdict=verdict), result)
-            assert registry.status(0).verdict is verdict
-            return registry.status(0).epoch
+            registry.endpoints.record_probe(0, replace(health, verdict=verdict), result)
+            assert registry.endpoints.status(0).verdict is verdict
+            return registry.endpoints.status(0).epoch
 
-        first = registry.status(0).epoch
+        first = registry.endpoints.status(0).epoch
         assert first == 1
         assert epoch_after(up, good, Verdict.OK) == 2
         assert epoch_after(up, good, Verdict.FULL) == 2
@@ -233,7 +237,7 @@ def test_epoch_grows_with_what_workers_must_know(pool_name: str) -> None:
         assert epoch_after(up, good, Verdict.ROLE_CONFLICT) == 4
         assert epoch_after(up, good, Verdict.OK) == 5
         assert epoch_after(replace(up, role=Role.REPLICA), good, Verdict.OK) == 6
-        assert registry.status(0).role is Role.REPLICA
+        assert registry.endpoints.status(0).role is Role.REPLICA
     finally:
         close_desk(registry)
 
@@ -243,11 +247,11 @@ def test_the_operator_s_moves(pool_name: str, before: Admin, after: Admin) -> No
     """Every drawn move is made and grows the epoch; saying the same again changes nothing."""
     registry = open_desk(config_of(pool_name))
     try:
-        epoch = registry.set_operator_wish("pg1", before).epoch
-        status = registry.set_operator_wish("pg1", after)
+        epoch = registry.endpoints.set_operator_wish("pg1", before).epoch
+        status = registry.endpoints.set_operator_wish("pg1", after)
         assert (status.admin, status.admin_operator, status.admin_config) == (after, after, Admin.READY)
         assert (status.epoch > epoch) == (after in ADMIN_MOVES[before])
-        assert registry.drained_endpoints() == (frozenset() if after is Admin.READY else {0})
+        assert registry.endpoints.drained() == (frozenset() if after is Admin.READY else {0})
     finally:
         close_desk(registry)
 
@@ -257,15 +261,17 @@ def test_the_stricter_wish_counts_and_neither_cancels_the_other(pool_name: str) 
     both, one = (config_of(pool_name, None, dict.fromkeys(names, 3)) for names in (("pg1", "pg2"), ("pg1",)))
     registry = open_desk(both)
     try:
-        registry.set_operator_wish("pg2", Admin.MAINT)
+        registry.endpoints.set_operator_wish("pg2", Admin.MAINT)
         registry.configure(one)
-        assert (registry.status(1).admin, registry.status(1).admin_config) == (Admin.MAINT, Admin.DRAIN)
-        assert registry.set_operator_wish("pg2", Admin.READY).admin is Admin.DRAIN
-        epoch = registry.status(1).epoch
-        assert registry.set_operator_wish("pg2", Admin.DRAIN).epoch == epoch  # nothing that workers would notice
+        status = registry.endpoints.status(1)
+        assert (status.admin, status.admin_config) == (Admin.MAINT, Admin.DRAIN)
+        assert registry.endpoints.set_operator_wish("pg2", Admin.READY).admin is Admin.DRAIN
+        epoch = registry.endpoints.status(1).epoch
+        status = registry.endpoints.set_operator_wish("pg2", Admin.DRAIN)
+        assert status.epoch == epoch  # nothing that workers would notice
         registry.configure(both)
-        assert registry.status(1).admin_config is Admin.READY
-        assert registry.status(1).admin is Admin.DRAIN
+        assert registry.endpoints.status(1).admin_config is Admin.READY
+        assert registry.endpoints.status(1).admin is Admin.DRAIN
     finally:
         close_desk(registry)
 
@@ -274,16 +280,16 @@ def test_the_operator_s_wish_is_adopted_and_passed_on(pool_name: str) -> None:
     """Another coordinator finds it in the segment; a new segment begins with it, for endpoints that still exist."""
     config = config_of(pool_name)
     first = open_desk(config)
-    first.set_operator_wish("pg1", Admin.MAINT)
+    first.endpoints.set_operator_wish("pg1", Admin.MAINT)
     close_desk(first, unlink=False)
     second = open_desk(config)
-    wishes = second.operator_wishes()
+    wishes = second.endpoints.operator_wishes()
     close_desk(second)
     assert wishes == {"pg1": Admin.MAINT}
     names = Names.of(pool_name)
     third = Registry(names, config, lock_pool(names, Access.of(config)), {"gone": Admin.DRAIN, **wishes})
     try:
-        assert third.status(0).admin_operator is Admin.MAINT
+        assert third.endpoints.status(0).admin_operator is Admin.MAINT
     finally:
         close_desk(third)
 
@@ -293,7 +299,7 @@ def test_an_unknown_endpoint_is_refused_with_the_names_there_are(pool_name: str)
     registry = open_desk(config_of(pool_name, None, {"pg1": 3, "pg2": 3}))
     try:
         with pytest.raises(UnknownEndpointError, match="no endpoint 'pg3'; there are: pg1, pg2"):
-            registry.set_operator_wish("pg3", Admin.DRAIN)
+            registry.endpoints.set_operator_wish("pg3", Admin.DRAIN)
     finally:
         close_desk(registry)
 
@@ -302,11 +308,11 @@ def test_groups_that_a_drain_leaves_alone(pool_name: str) -> None:
     """A group is left alone when the last endpoint that is usable for it is drained, not before."""
     registry = open_desk(config_of(pool_name, None, {"pg1": 3, "pg2": 3}))
     try:
-        registry.set_operator_wish("pg1", Admin.DRAIN)
-        assert registry.groups_left_alone_by("pg1") == []
-        registry.set_operator_wish("pg2", Admin.DRAIN)
-        assert registry.groups_left_alone_by("pg2") == ["read"]
-        registry.set_operator_wish("pg2", Admin.READY)
-        assert registry.groups_left_alone_by("pg2") == []
+        registry.endpoints.set_operator_wish("pg1", Admin.DRAIN)
+        assert registry.endpoints.groups_left_alone_by("pg1") == []
+        registry.endpoints.set_operator_wish("pg2", Admin.DRAIN)
+        assert registry.endpoints.groups_left_alone_by("pg2") == ["read"]
+        registry.endpoints.set_operator_wish("pg2", Admin.READY)
+        assert registry.endpoints.groups_left_alone_by("pg2") == []
     finally:
         close_desk(registry)
