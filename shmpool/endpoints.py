@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from shmpool.clock import monotonic
-from shmpool.layout import ENDPOINTS, HEADER, SLOT_WORDS
+from shmpool.layout import ENDPOINTS, HEADER, PERMITS, SLOT_WORDS
 from shmpool.position import Standing
 from shmpool.replication import Server, is_disputed, is_superseded
 from shmpool.routing import Candidate
@@ -22,6 +22,7 @@ from shmpool.states import Health, Verdict
 from shmpool.words import ORPHAN, PART_MASK, Control, Status
 
 _STATUS = ENDPOINTS.column("status")
+_SINCE = ENDPOINTS.column("since")
 _LAG = ENDPOINTS.column("lag")
 _LAG_BYTES = ENDPOINTS.column("lag_bytes")
 _PROBED_AT = ENDPOINTS.column("probed_at")
@@ -40,17 +41,22 @@ def is_down(segment: Segment, index: int) -> bool:
     return Status.of(segment.words[status_at(segment, index)]).health is Health.DOWN
 
 
-def read_candidate(segment: Segment, settings: EndpointSettings, permits: EndpointPermits) -> Candidate:
-    """Return what is known of an endpoint."""
+def read_candidate(segment: Segment, settings: EndpointSettings, free: int) -> Candidate:
+    """Return what is known of an endpoint.
+
+    Args:
+        free: the value of its semaphore.
+    """
     at = segment.layout.at(ENDPOINTS, settings.index)
     lag = segment.times[at + _LAG]
-    issued = Control.of(segment.words[permits.control_at]).issued
+    control = segment.words[segment.layout.at(PERMITS, segment.layout.groups + settings.index, "control")]
     return Candidate(
         settings=settings,
         status=Status.of(segment.words[at + _STATUS]),
-        in_use=max(0, issued - permits.semaphore.value),
+        in_use=max(0, Control.of(control).issued - free),
         lag_s=lag if lag >= 0 else None,
         lag_bytes=segment.words[at + _LAG_BYTES],
+        age_s=monotonic() - segment.times[at + _SINCE],
     )
 
 
@@ -58,7 +64,7 @@ def read_candidates(
     segment: Segment, settings: tuple[EndpointSettings, ...], permits: Mapping[int, EndpointPermits]
 ) -> list[Candidate]:
     """Return what is known of every endpoint."""
-    return [read_candidate(segment, e, permits[e.index]) for e in settings]
+    return [read_candidate(segment, e, permits[e.index].semaphore.value) for e in settings]
 
 
 def epoch_of(segment: Segment, index: int) -> int:

@@ -169,7 +169,7 @@ RECALL_WORDS: Final = Table(
     "recall_words",
     "coordinator",
     1,
-    (Column("recall", "slot word whose connection is wanted back; 0 or outdated: none"),),
+    (Column("recall", "slot word whose connection is wanted back, or with words.MOVE elsewhere; 0 or outdated: none"),),
 )
 
 SLOTS: Final = Table(

@@ -15,7 +15,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from shmpool import slots
-from shmpool.attachment import Attachment
+from shmpool.attachment import Attachment, has_threads
 from shmpool.clock import monotonic, slept
 from shmpool.connection import Recipe, answers, is_alive
 from shmpool.errors import DisownedError, TableFullError
@@ -29,12 +29,13 @@ from shmpool.semaphores import SLICE_S
 from shmpool.settings import GroupSettings
 from shmpool.slots import EndpointPermits, GroupPermits
 from shmpool.waiting import Presence, Queue, Waiter, refuse_in_event_loop
-from shmpool.words import Status
+from shmpool.words import MOVE, Status
 
 if TYPE_CHECKING:
     from shmpool.pool import Pool
 
 PING_TIMEOUT_S: Final = 5.0
+RESTED_S: Final = 0.5  # the only one at rest, if used more often, is opened anew by its next user, not ahead of it
 POLITE_S: Final = 0.002  # about the cost of a connect
 
 
@@ -126,29 +127,65 @@ class LocalGroup:
     def look_after_idle(self) -> None:
         """Give back idle connections that are recalled, too old, unused for `max_idle`, or that died.
 
-        Those of a replica that lags too far as well, where there is a better one.  And one of those that fell back on
-        another endpoint than the group prefers, once a preferred one is there again: its next user opens it there.
-        One at a time, as a server that returns is not to be stormed.
+        Those of a replica that lags too far as well, where there is a better one; and one of those that fell back,
+        while the group may hold no more like it.  What rested and is to move is opened anew at once, where threads run.
         """
         now = monotonic()
-        may_move = True
+        moved = 0
+        may_yield = True
         for _ in range(len(self.idle)):
             try:
                 lease = self.idle.popleft()
             except IndexError:
-                return
+                break
             wanted_back = lease.words[lease.recall_at] == lease.words[lease.word_at]
             if wanted_back or self.is_retired or now - lease.since >= self.settings.max_idle:
                 give_back(lease)
+            elif self.leave_for_better(lease):
+                moved += bool(self.idle) or now - lease.since >= RESTED_S
             elif not self.is_fit(lease, is_wanted=False):
                 continue
             elif self.router.is_too_slow(lease.recipe.endpoint.index):
                 give_back(lease)
-            elif may_move and self.router.should_move(lease.recipe.endpoint.index, now - lease.since):
-                may_move = False
+            elif may_yield and self.router.is_fallback_spent(lease.recipe.endpoint.index, now - lease.since):
+                may_yield = False
                 give_back(lease)
             else:
                 self.put_idle(lease)
+        for _ in range(moved if has_threads() else 0):
+            self._open_ahead()
+
+    def leave_for_better(self, lease: Lease) -> bool:
+        """Give a connection back that is to move, if it still would be opened elsewhere; return whether it was."""
+        if lease.words[lease.recall_at] != lease.words[lease.word_at] | MOVE:
+            return False
+        if not lease.table.owns(lease) or not self.router.turn_to_better(lease.recipe.endpoint.index):
+            return False
+        give_back(lease)
+        self.queue.wake_scout()
+        return True
+
+    def _open_ahead(self) -> None:
+        """Open a connection for the next request that needs one; a failure is left to that request."""
+        attempt, deadline = Attempt(), monotonic() + self.settings.timeout
+        try:
+            lease = self.try_open(attempt, deadline, may_wait=False)
+            if lease is None and attempt.failures:  # elsewhere, then: where it comes from, as a rule
+                lease = self.try_open(attempt, deadline, may_wait=False)
+        except Exception as error:  # noqa: BLE001  whatever `on_connect` raises: the thread is to go on
+            import logging  # cold, and an application has it anyway
+
+            logging.getLogger("shmpool").warning(
+                "pool %s: group %s: no connection opened ahead (%s)",
+                self.pool.name,
+                self.settings.name,
+                type(error).__name__,
+            )
+            return
+        finally:
+            attempt.failures.clear()  # as in `acquire`
+        if lease is not None:
+            self.put_idle(lease)
 
     def put_idle(self, lease: Lease) -> None:
         """Let a connection rest; serve a waiting thread first."""

@@ -413,6 +413,8 @@ class Pool:
         lease.words[lease.checkouts_at] = lease.checkouts
         if lease.words[lease.recall_at] == lease.words[lease.word_at]:
             lease.group.yield_to_others(lease)
+        elif lease.words[lease.recall_at] and lease.group.leave_for_better(lease):
+            return
         elif restore(lease.connection, lease.recipe):
             lease.group.put_idle(lease)
         else:

@@ -18,11 +18,12 @@ from shmpool.attachment import Attachment
 from shmpool.chance import chance
 from shmpool.clock import monotonic
 from shmpool.endpoints import count_held, epoch_of, heartbeat_age, is_overtaken, read_candidates
-from shmpool.routing import Candidate, Route, choose, is_fallback_spent, is_too_slow, should_move
+from shmpool.routing import Candidate, Route, better_place, choose, is_fallback_spent, is_too_slow
 from shmpool.settings import GroupSettings
 from shmpool.slots import GroupPermits
 
 AVOID_S: Final = 1.0  # how long an endpoint that refused is tried last
+PREFER_S: Final = 1.0  # how long the endpoint that a connection left for is tried first
 FALLBACK_REST_S: Final = 1.0  # how long a connection that fell back rests while the group may hold no more like it
 _TURNS: Final = 1 << 16  # more than any cycle of weights
 
@@ -56,6 +57,7 @@ class Router:
         self._attachment = attachment
         self._turn = int(chance() * _TURNS)  # workers that start together do not all begin at the same endpoint
         self._avoid: dict[int, float] = {}  # endpoint -> monotonic time until which it is tried last
+        self._preferred = (-1, 0.0)  # the endpoint that the next connection goes to, and until when
 
     def route(self, attempt: Attempt) -> Route:
         """Ask for the endpoints to try now; those that refused lately come last, and spare ones if all others did."""
@@ -70,7 +72,8 @@ class Router:
         )
         now = monotonic()
         avoided = {index for index in route.order if self._avoid.get(index, 0.0) > now}
-        order = tuple(sorted(route.order, key=avoided.__contains__))
+        (preferred, until), self._preferred = self._preferred, (-1, 0.0)
+        order = tuple(sorted(route.order, key=lambda i: (i in avoided, i != preferred or now >= until)))
         if attempt.only is not None:
             order = tuple(index for index in order if index in attempt.only)
         elif not avoided >= set(order) - route.spare:
@@ -111,21 +114,28 @@ class Router:
             return False
         return is_too_slow(settings, self._candidates(), endpoint, self._attachment.settings.groups, self._held_at)
 
-    def should_move(self, endpoint: int, rested: float) -> bool:
-        """Whether a connection is better opened elsewhere, or by a worker that has none where few may be had.
+    def is_fallback_spent(self, endpoint: int, rested: float) -> bool:
+        """Whether a connection that fell back is better opened by a worker that has none, where few may be had.
 
         Args:
             rested: seconds since its last checkout.
         """
+        if rested < FALLBACK_REST_S or self._is_stale():
+            return False
+        groups = self._attachment.settings.groups
+        return is_fallback_spent(self.settings, self._candidates(), endpoint, groups, self._held_at)
+
+    def turn_to_better(self, endpoint: int) -> bool:
+        """Let the next connection go where one to this endpoint had better be; return whether there is such a place."""
         if self._is_stale():
             return False
-        candidates = self._candidates()
-        if should_move(self.settings, candidates, endpoint):
-            return True
         groups = self._attachment.settings.groups
-        return rested >= FALLBACK_REST_S and is_fallback_spent(
-            self.settings, candidates, endpoint, groups, self._held_at
-        )
+        place = better_place(self.settings, self._candidates(), endpoint, groups, self._held_at)
+        now = monotonic()
+        if place is None or self._avoid.get(place, 0.0) > now:
+            return False
+        self._preferred = (place, now + PREFER_S)
+        return True
 
     def _candidates(self) -> list[Candidate]:
         attachment = self._attachment

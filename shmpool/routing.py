@@ -16,18 +16,26 @@ bound on falling back count as unknown, and whoever opens a connection checks th
   workers try them for themselves now and then.  What their role was when they were seen last counts for the order.
 - *Shares*.  Among equals, new connections follow the weights: by use (least-connections), by turns spread evenly
   (round-robin), by chance (weighted).
+- *Return*.  An endpoint that became eligible has a small part of its weight at first and all of it RAMP_S later; equals
+  that came together share as ever, and one that has no equal serves at once.  A connection had better move
+  where one that is opened in its place would go: what `choose` says of new ones decides about those that there are, so
+  that moves come to an end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import gcd
+from math import gcd, inf
 from typing import Final, NamedTuple
 
 from shmpool.chance import chance
 from shmpool.settings import EndpointSettings, GroupSettings, Target
 from shmpool.states import Admin, Health, Role, Verdict
 from shmpool.words import Status
+
+RAMP_S: Final = 10.0  # from the return of an endpoint until it has its whole share
+FIRST_PART: Final = 0.1  # of its weight, at once
+_TURNS_OF_A_PART: Final = 10  # how finely turns follow a growing weight
 
 _WANTED: Final[dict[Target, frozenset[Role]]] = {
     "primary": frozenset({Role.PRIMARY}),
@@ -45,6 +53,7 @@ class Candidate(NamedTuple):
     in_use: int  # permits that are not in its semaphore
     lag_s: float | None
     lag_bytes: int | None
+    age_s: float = inf  # since it became what it is: health, role, admin, address
 
 
 class Route(NamedTuple):
@@ -108,6 +117,16 @@ def slowness(group: GroupSettings, candidate: Candidate) -> str | None:
     if byte_limit is not None and (candidate.lag_bytes or 0) > byte_limit:
         return f"lags {candidate.lag_bytes} bytes, the group allows {byte_limit}"
     return None
+
+
+def growth(age_s: float) -> float:
+    """Return the part of its weight that counts for an endpoint so long after it became eligible."""
+    return min(1.0, max(FIRST_PART, age_s / RAMP_S))
+
+
+def pause_between_moves(connections: int) -> float:
+    """Return how many seconds pass at least between two moves in a group that holds so many connections."""
+    return RAMP_S / max(1, connections)
 
 
 def is_spare(candidate: Candidate) -> bool:
@@ -196,12 +215,38 @@ def is_too_slow(
     return any(index not in slow for index in choose(group, candidates, is_stale=False, groups=groups, held=held).order)
 
 
-def should_move(group: GroupSettings, candidates: Sequence[Candidate], current: int) -> bool:
-    """Whether a connection to endpoint `current` was second choice, and a first choice has room again."""
-    if not any(c.settings.index == current and is_second_choice(group, c) for c in candidates):
-        return False
-    first = [c for c in candidates if not is_second_choice(group, c) and refusal(group, c, is_stale=False) is None]
-    return any(c.status.health is Health.UP and c.in_use < c.settings.max_connections for c in first)
+def better_place(
+    group: GroupSettings,
+    candidates: Sequence[Candidate],
+    current: int,
+    groups: Sequence[GroupSettings] = (),
+    held: Callable[[int], int] = _nothing_held,
+) -> int | None:
+    """Return the endpoint where a connection to endpoint `current` had better be; None: it is well where it is.
+
+    Never one without room, or not known to be well.  A group whose policy does not look at use is judged by what it
+    holds itself.  Args as `choose`.
+    """
+    here = next((c for c in candidates if c.settings.index == current), None)
+    if here is None or refusal(group, here, is_stale=False) is not None:
+        return None
+    open_to_more = {
+        c.settings.index
+        for c in candidates
+        if c.status.health is Health.UP and c.status.verdict is Verdict.OK and c.in_use < c.settings.max_connections
+    }
+    if group.policy != "least-connections":
+        group = group._replace(policy="least-connections")
+        candidates = [c._replace(in_use=held(c.settings.index)) for c in candidates]
+    without = [c._replace(in_use=c.in_use - (c.settings.index == current)) for c in candidates]
+    without.sort(key=lambda c: c.settings.index != current)  # of equals, this one
+    route = choose(group, without, is_stale=False, groups=groups, held=held)
+    for index in route.order:
+        if index == current or index in route.spare - {current}:
+            return None
+        if index in open_to_more:
+            return index
+    return None
 
 
 def choose(
@@ -290,9 +335,14 @@ def _by_share(
     if group.policy == "round-robin":
         return _in_turn(group, eligible, turn)
     if group.policy == "weighted":
-        return sorted(eligible, key=lambda c: -(draw() ** (1 / max(c.status.weight, 1))))
+        return sorted(eligible, key=lambda c: -(draw() ** (1 / _weight(c))))
     shift = turn % len(eligible) if eligible else 0
-    return sorted([*eligible[shift:], *eligible[:shift]], key=lambda c: (c.in_use + 1) / max(c.status.weight, 1))
+    return sorted([*eligible[shift:], *eligible[:shift]], key=lambda c: (c.in_use + 1) / _weight(c))
+
+
+def _weight(candidate: Candidate) -> float:
+    """Return what counts of an endpoint's weight now; more than 0 also for spare ones, among themselves."""
+    return max(candidate.status.weight, 1) * growth(candidate.age_s)
 
 
 def _in_turn(group: GroupSettings, eligible: Sequence[Candidate], turn: int) -> list[Candidate]:
@@ -300,12 +350,17 @@ def _in_turn(group: GroupSettings, eligible: Sequence[Candidate], turn: int) -> 
     ordered: list[Candidate] = []
     for rank in sorted({_rank(group, c) for c in eligible}):
         equals = [c for c in eligible if _rank(group, c) == rank]
-        common = gcd(*(c.status.weight for c in equals)) or 1
         turns = sorted(
-            ((nth + 0.5) / weight, at)
-            for at, weight in enumerate(max(1, c.status.weight // common) for c in equals)
-            for nth in range(weight)
+            ((nth + 0.5) / weight, at) for at, weight in enumerate(_turns_of(equals)) for nth in range(weight)
         )
         first = turn % len(turns) if turns else 0
         ordered += [equals[at] for at in dict.fromkeys(at for _, at in turns[first:] + turns[:first])]
     return ordered
+
+
+def _turns_of(equals: Sequence[Candidate]) -> list[int]:
+    """Return how many turns each endpoint has in one cycle."""
+    parts = 1 if all(growth(c.age_s) == 1.0 for c in equals) else _TURNS_OF_A_PART
+    turns = [max(1, round(parts * _weight(c))) for c in equals]
+    common = gcd(*turns)
+    return [number // common for number in turns]

@@ -28,7 +28,7 @@ from shmpool.layout import (
 from shmpool.segment import Segment
 from shmpool.settings import PoolSettings
 from shmpool.states import SegmentState, Use
-from shmpool.words import FIELDS_MASK, ORPHAN, Control, Kind, SlotWord, Status, UseWord
+from shmpool.words import FIELDS_MASK, MOVE, ORPHAN, Control, Kind, SlotWord, Status, UseWord
 
 COLLECT_TRIES: Final = 20
 _PAUSE_S: Final = 0.0 if platform.machine() in ("x86_64", "AMD64") else 0.001  # weaker memory orders settle
@@ -275,4 +275,4 @@ def _slot(segment: Segment, number: int, word: int) -> SlotRow:
     if word & FIELDS_MASK and words[shape.at(SLOT_WORDS, number)] != word:
         # The notes may be those of the slot's next connection; of this one only its way out is certain.
         use = UseWord(Use.CLOSING, SlotWord.of(word).group)
-    return SlotRow(number, SlotWord.of(word), use, details, is_recalled=recall == word != 0)
+    return SlotRow(number, SlotWord.of(word), use, details, is_recalled=recall & ~MOVE == word != 0)

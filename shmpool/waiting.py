@@ -138,6 +138,12 @@ class Queue:
             self._scout = None
             self._wake_youngest(waiter)
 
+    def wake_scout(self) -> None:
+        """Let the scout look again: the process may hold more than it did."""
+        scout = self._scout
+        if scout is not None:
+            scout.wake()
+
     def is_first(self, waiter: Waiter) -> bool:
         """Whether nobody queues before this thread.  By index: an iterator fails when another thread queues."""
         try:

@@ -22,6 +22,7 @@ YES: Final = 2  # one permit is held for certain
 
 # slot word: seq:40 | G index:8 | G field:2 | E index:8 | E field:2 | ORPHAN:1
 ORPHAN: Final = 1
+MOVE: Final = ORPHAN  # beside a slot word in its recall word, which never speaks of an orphan: see layout.py
 E_FIELD_SHIFT: Final = 1
 E_INDEX_SHIFT: Final = 3
 G_FIELD_SHIFT: Final = 11

@@ -2,7 +2,7 @@
 
 `choose` decides, pure; `Arbiter` reads the tables, remembers what it asked for and writes the recall words.
 
-Writers.  Recall words and the groups' recall counter: this module.
+Writers.  Recall words and the groups' recall counter: this module, and balance.py where nobody waits.
 Stale reads.  A recall counts only while it equals its slot's word, so one that comes late asks for nothing.
 If a process dies.  Its recalls become outdated with its slot words; a new coordinator withdraws all recalls first.
 """
@@ -218,7 +218,7 @@ class Arbiter:
             return set()
         chosen = choose(
             waiters,
-            self._held(),
+            self.connections(),
             self.recalls,
             group_values={g.index: permits.group_available(g.index) for g in settings.groups},
             endpoint_values={e.index: permits.endpoint_available(e.index) for e in settings.endpoints},
@@ -239,7 +239,7 @@ class Arbiter:
                 self.segment.words[self._recalls_at + slot] = 0
                 del self.recalls[slot]
 
-    def _held(self) -> list[Held]:
+    def connections(self) -> list[Held]:
         """Return every connection of a live worker that is idle or in use."""
         shape, words, times = self.segment.layout, self.segment.words, self.segment.times
         found = []

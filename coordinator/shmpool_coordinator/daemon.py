@@ -24,6 +24,7 @@ from shmpool.rows import parent_of
 from shmpool.segment import Segment
 from shmpool_coordinator.adoption import Access, lock_pool
 from shmpool_coordinator.arbiter import Arbiter, waiting_groups
+from shmpool_coordinator.balance import Balancer
 from shmpool_coordinator.config import Config, ConfigError
 from shmpool_coordinator.control import Control
 from shmpool_coordinator.lookout import Lookout
@@ -122,6 +123,7 @@ class Daemon:
         self.permits = registry.permits
         self.reaper = Reaper(self.segment, registry.locks)
         self.arbiter = Arbiter(self.segment, lambda row: registry.locks.holder(row) is not None)
+        self.balancer = Balancer(self.segment, self.permits, self.arbiter.connections)
         self.sessions = Sessions(self.segment, self._wake)
         self.lookout = Lookout(
             registry,
@@ -185,6 +187,8 @@ class Daemon:
         assert self.registry.settings is not None
         usable = self.registry.endpoints.usable() if waiters else {}
         rows = self.arbiter.tick(waiters, self.registry.settings, usable, self.permits, now)
+        if not self.registry.is_retired:
+            rows |= self.balancer.tick(self.registry.settings, {waiter.group for waiter in waiters}, now)
         rows |= self._rows_to_leave()
         if rows:
             self.control.send_rows(rows, "recall")

@@ -146,6 +146,11 @@ class Permits:
         """Return how many permits of an endpoint a worker may take."""
         return self._available(self._groups + endpoint)
 
+    def endpoint_free(self, endpoint: int) -> int:
+        """Return the value of an endpoint's semaphore; 0 where there is none."""
+        number = self._groups + endpoint
+        return self.value(number) if number in self._semaphores else 0
+
     def _available(self, number: int) -> int:
         """The value without the surplus that is the coordinator's; 0 where there is no semaphore."""
         if number not in self._semaphores:

@@ -24,6 +24,7 @@ from shmpool.segment import Segment
 from tests.support.waiting import wait_until
 
 END_S = 10.0
+MAIN = "from shmpool_coordinator.cli import main\nsys.exit(main())"
 
 _numbers = itertools.count()
 
@@ -43,12 +44,24 @@ def endpoint_keys(conninfo: str, max_connections: int = 20) -> str:
 
 
 class CoordinatorProcess:
-    """A coordinator as its own process; its log goes to a file."""
+    """A coordinator as its own process; its log goes to a file.
 
-    def __init__(self, config: Path, pool: str, arguments: Sequence[str] = (), prefix: Sequence[str] = ()) -> None:
+    Args:
+        prelude: Python that it runs first.
+    """
+
+    def __init__(
+        self,
+        config: Path,
+        pool: str,
+        arguments: Sequence[str] = (),
+        prefix: Sequence[str] = (),
+        prelude: str = "",
+    ) -> None:
         self.config = config
         self._prefix = tuple(prefix)
         self.names = Names.of(pool)
+        self._program = ("-c", f"{prelude}\nimport sys\n{MAIN}") if prelude else ("-m", "shmpool_coordinator")
         self._arguments = tuple(arguments)
         self._log = config.with_suffix(".log")
         self._process: subprocess.Popen[bytes] | None = None
@@ -72,7 +85,7 @@ class CoordinatorProcess:
 
     def start(self, *, is_expected_to_serve: bool = True) -> None:
         """Start it (again), and wait until it answers."""
-        command = [sys.executable, "-m", "shmpool_coordinator", "run", "--config", str(self.config)]
+        command = [sys.executable, *self._program, "run", "--config", str(self.config)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [*self._prefix, *command, *self._arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -120,12 +133,13 @@ class CoordinatorProcess:
 
 @contextmanager
 def running_coordinator(
-    config: str | Path, pool: str, *arguments: str, prefix: Sequence[str] = ()
+    config: str | Path, pool: str, *arguments: str, prefix: Sequence[str] = (), prelude: str = ""
 ) -> Iterator[CoordinatorProcess]:
     """Run a coordinator on a configuration (its text, or a file) and end it afterwards; nothing of the pool is left.
 
     Args:
         prefix: the beginning of its command line; what it runs becomes the coordinator by exec.
+        prelude: Python that it runs first.
     """
     with tempfile.TemporaryDirectory(prefix="coordinator-") as directory:
         if isinstance(config, str):
@@ -133,7 +147,7 @@ def running_coordinator(
             path.write_text(config)
         else:
             path = config
-        process = CoordinatorProcess(path, pool, arguments, prefix)
+        process = CoordinatorProcess(path, pool, arguments, prefix, prelude)
         try:
             yield process
         finally:

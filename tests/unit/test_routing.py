@@ -12,15 +12,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shmpool.routing import (
+    RAMP_S,
     Candidate,
     Route,
+    better_place,
     choose,
     fallback_bound,
     is_fallback_spent,
     is_role_allowed,
     is_too_slow,
     refusal,
-    should_move,
 )
 from shmpool.settings import GroupSettings, Target
 from shmpool.states import Admin, Health, Role, Verdict
@@ -262,8 +263,8 @@ def test_spare_endpoints_wait_for_all_others() -> None:
     assert route(group(), zero, backup, plain) == Route((1, 2, 3), {}, frozenset({2, 3}))
     assert route(group(), zero, backup) == Route((2, 3), {}, frozenset({3}))
     assert route(group(), zero) == Route((3,), {}, frozenset())
-    assert should_move(group(), [zero, candidate(1)], 3)
-    assert not should_move(group(), [zero, candidate(1)], 1)
+    assert better_place(group(), [zero, candidate(1)], 3) == 1
+    assert better_place(group(), [zero, candidate(1, in_use=2)], 1) is None
 
 
 WEIGHTS = st.lists(st.integers(0, 100), min_size=1, max_size=5)
@@ -295,6 +296,56 @@ def test_least_connections_shares_follow_the_weights(weights: list[int], connect
     for count, weight in zip(held, weights, strict=True):
         share = connections * weight / total if total else connections / len(weights)
         assert abs(count - share) <= max(1, len(weights) - 1)
+
+
+# -- return
+
+
+def firsts_of(policy: Any, *found: Candidate, opens: int = 3000) -> list[float]:
+    """Return which part of new connections each endpoint gets; least-connections counts what was opened."""
+    draw, opened = random.Random(1).random, Counter[int]()
+    for turn in range(opens):
+        now = [c._replace(in_use=c.in_use + opened[c.settings.index]) for c in found]
+        opened[route(group(policy=policy), *now, turn=turn, draw=draw).order[0]] += 1
+    return [opened[c.settings.index] / opens for c in found]
+
+
+@pytest.mark.parametrize("policy", ["least-connections", "round-robin", "weighted"])
+def test_share_of_new_connections_grows(policy: Any) -> None:
+    """An endpoint that returned gets a tenth of an equal's part at first, and as much at the end of the ramp."""
+    for age_s, part in ((0.0, 1 / 11), (RAMP_S / 2, 1 / 3), (RAMP_S, 1 / 2), (2 * RAMP_S, 1 / 2)):
+        found = firsts_of(policy, candidate(1), candidate(2)._replace(age_s=age_s))
+        assert found[1] == pytest.approx(part, abs=0.03)
+
+
+@pytest.mark.parametrize("policy", ["least-connections", "round-robin", "weighted"])
+def test_endpoints_that_came_together_share_as_ever(policy: Any) -> None:
+    """Weights count from the first moment where nobody was there before."""
+    young = [candidate(n, weight=weight)._replace(age_s=0.5) for n, weight in ((1, 3), (2, 1))]
+    assert firsts_of(policy, *young) == pytest.approx([0.75, 0.25], abs=0.03)
+
+
+def test_returned_endpoint_serves_where_no_other_does() -> None:
+    """Slow start refuses nothing: a young endpoint stays in the route, and comes before what is second choice."""
+    young = candidate(2)._replace(age_s=0.0)
+    assert set(route(group(), candidate(1, in_use=9), young).order) == {1, 2}
+    settings = group(target="prefer-replica")
+    assert route(settings, candidate(1, Role.PRIMARY), young._replace(in_use=9)).order == (2, 1)
+
+
+@pytest.mark.parametrize("policy", ["least-connections", "round-robin", "weighted"])
+def test_better_place_is_where_a_new_one_would_go(policy: Any) -> None:
+    """Only a real gain is one: two more than an equal has, by what the policy counts."""
+    settings = group(policy=policy)
+
+    def better(here: int, there: int) -> int | None:
+        found = [candidate(1, in_use=here), candidate(2, in_use=there)]
+        found = [c._replace(settings=c.settings._replace(max_connections=20)) for c in found]
+        return better_place(settings, found, 1, held=lambda index: {1: here, 2: there}[index])
+
+    assert [better(4, 2), better(4, 3), better(4, 4), better(1, 0)] == [2, None, None, None]
+    drained = candidate(1, in_use=9, admin_operator=Admin.DRAIN)
+    assert better_place(settings, [drained, candidate(2)], 1, held=lambda _: 0) is None
 
 
 @given(WEIGHTS, st.integers(0, 2**32))
