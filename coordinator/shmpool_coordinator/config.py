@@ -27,6 +27,7 @@ from shmpool_coordinator.probe import make_conninfo, parse_conninfo
 
 CONFIG_VARIABLE: Final = "SHMPOOL_CONFIG"
 COORDINATOR_SESSIONS: Final = 2  # at each endpoint, beside its cap
+WARM_WORKERS: Final = 4  # a host has more; a warning where so many would leave nothing of a group to others
 MAX_PERMITS: Final = 65_535  # a control word counts in 16 bits
 MAX_SERVER_TIMEOUT_S: Final = 2_147_483  # the server counts milliseconds in an int
 MIN_DURATION_S: Final = 0.001  # the server's resolution, where 0 would mean off
@@ -282,11 +283,7 @@ class Table(BaseModel):
 
 
 # Group settings that are read, checked and published, and that workers of this version do not act on.
-NOT_IN_EFFECT: Final = (
-    "leak_after",
-    "max_waiting",
-    "per_worker_min",
-)
+NOT_IN_EFFECT: Final = ("leak_after",)
 
 
 class Limits(Table):
@@ -383,6 +380,7 @@ class Group(Table):
     timeout: DurationOrZero = 5.0
     after_wait: DurationOrZero = 0.05
     max_waiting: Count = 0
+    reserve: Count = 0
     max_lifetime: Duration = 3600.0
     max_idle: Duration = 600.0
     ping_after: DurationOrZero = 30.0
@@ -485,6 +483,12 @@ class Config(Table):
             )
         if group.fallback_connections and group.target != "prefer-replica":
             yield (f"{path}.fallback_connections: has no effect with target {group.target}, only with prefer-replica")
+        if group.per_worker_min * WARM_WORKERS > group.connections - group.reserve:
+            served = (group.connections - group.reserve) // group.per_worker_min
+            yield (
+                f"{path}.per_worker_min: {group.per_worker_min} for each worker are all there are for {served} workers,"
+                " and further ones wait: nobody is asked to give them back"
+            )
         for name in NOT_IN_EFFECT:
             if getattr(group, name) != type(group).model_fields[name].default:
                 yield f"{path}.{name}: is accepted, but this version does nothing with it yet"
@@ -721,7 +725,7 @@ class _Parts:
 _STAND_INS: Final[Mapping[str, Any]] = {
     "conninfo": "",
     "max_connections": 1,
-    "connections": 1,
+    "connections": MAX_PERMITS,
     "per_worker_max": MAX_PERMITS,
 }
 
@@ -828,6 +832,8 @@ def _group_findings(path: str, group: Group, parts: _Parts) -> Iterator[Finding]
             f"{group.per_worker_min}",
             f"at most per_worker_max, {group.per_worker_max}",
         )
+    if group.reserve >= group.connections:
+        yield Finding(f"{path}.reserve", f"{group.reserve}", f"less than connections, {group.connections}")
     if parts.limits is not None and group.per_worker_max > parts.limits.slots_per_worker:
         yield Finding(
             f"{path}.per_worker_max",
