@@ -29,6 +29,7 @@ from shmpool.semaphores import SLICE_S
 from shmpool.settings import GroupSettings
 from shmpool.slots import EndpointPermits, GroupPermits
 from shmpool.waiting import Presence, Queue, Waiter, refuse_in_event_loop
+from shmpool.warmup import WarmUp
 from shmpool.words import Status
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class LocalGroup:
         self.queue = Queue(self.idle)
         self.router = Router(attachment, settings, permits)
         self.is_retired = False
+        self.warmup = WarmUp()
         self._polite_until = 0.0  # monotonic
 
     def __repr__(self) -> str:
@@ -124,7 +126,7 @@ class LocalGroup:
                 return lease
 
     def look_after_idle(self) -> None:
-        """Give back idle connections that are recalled, too old, unused for `max_idle`, or that died.
+        """Give back idle connections that are recalled, too old, unused for `max_idle` (if not kept), or that died.
 
         Those of a replica that lags too far as well, where there is a better one.  And one of those that fell back on
         another endpoint than the group prefers, once a preferred one is there again: its next user opens it there.
@@ -138,7 +140,7 @@ class LocalGroup:
             except IndexError:
                 return
             wanted_back = lease.words[lease.recall_at] == lease.words[lease.word_at]
-            if wanted_back or self.is_retired or now - lease.since >= self.settings.max_idle:
+            if wanted_back or self.is_retired or self._is_unused(lease, now):
                 give_back(lease)
             elif not self.is_fit(lease, is_wanted=False):
                 continue
@@ -149,6 +151,12 @@ class LocalGroup:
                 give_back(lease)
             else:
                 self.put_idle(lease)
+
+    def _is_unused(self, lease: Lease, now: float) -> bool:
+        """Whether a connection has rested for `max_idle`, and is none of those that the worker keeps."""
+        if now - lease.since < self.settings.max_idle:
+            return False
+        return self.table.out(self.permits) > self.settings.per_worker_min
 
     def put_idle(self, lease: Lease) -> None:
         """Let a connection rest; serve a waiting thread first."""

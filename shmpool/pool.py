@@ -412,19 +412,26 @@ class Pool:
         state = self._state
         return 0 if state is None else sum(local.rest() for local in state.groups.values())
 
-    def look_after_idle(self) -> None:
-        """Give back idle connections that are recalled, too old or dead (background thread)."""
+    def look_after_idle(self) -> float:
+        """Give back idle connections that are recalled, too old or dead, and open those ahead of need.
+
+        Returns:
+            The seconds until it is to be called again (background thread).
+        """
         self._tidy_former()
         state = self._state
         if state is None:
-            return
+            return float("inf")
         state.tidy()
+        look_in = float("inf")
         for local in state.groups.values():
             local.look_after_idle()
+            look_in = min(look_in, local.warmup.look(local))
         state.cut_unanswered(self.name)
         if not state.attachment.is_current() or state.attachment.is_outdated():
             with contextlib.suppress(PoolError):
                 self._joined()
+        return look_in
 
 
 class _State:
