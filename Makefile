@@ -2,10 +2,10 @@ PYTHON ?= python3
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-uwsgi run run-uwsgi demo test check bench crash model chaos layout clean
+.PHONY: help venv venv-uwsgi run run-uwsgi demo test check bench venv-bench bench-failover crash model chaos layout clean
 
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv:            ## make or refresh the environment in .venv (PYTHON=python3.12 picks another Python)
 	@$(PYTHON) tools/bootstrap.py
@@ -30,6 +30,12 @@ check: venv-uwsgi ## run everything that must pass: format, lint, types, layers,
 
 bench: venv-uwsgi ## measure
 	@$(PY) -m tools.bench
+
+venv-bench: venv ## install the pools that bench-failover compares with
+	@$(PY) tools/bootstrap.py bench
+
+bench-failover: venv-bench ## kill, freeze, promote and return servers under four pools (ten minutes)
+	@$(PY) -m tools.bench failover
 
 crash: venv      ## run the crash tests at every point
 	@$(PY) -m pytest tests/crash --every-point

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from shmpool.pool import Pool as Pool
     from shmpool.pool_errors import ConfigurationDiffers as ConfigurationDiffers
     from shmpool.pool_errors import ConnectionGivenBackError as ConnectionGivenBackError
+    from shmpool.pool_errors import ConnectionLost as ConnectionLost
     from shmpool.pool_errors import CoordinatorNotRunning as CoordinatorNotRunning
     from shmpool.pool_errors import NoEligibleEndpoint as NoEligibleEndpoint
     from shmpool.pool_errors import PoolClosed as PoolClosed
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from shmpool.pool_errors import PositionNotReached as PositionNotReached
     from shmpool.pool_errors import QueryTimeout as QueryTimeout
     from shmpool.pool_errors import TooManyWaiting as TooManyWaiting
+    from shmpool.pool_errors import TransactionOutcomeUnknown as TransactionOutcomeUnknown
     from shmpool.pool_errors import UnknownGroup as UnknownGroup
     from shmpool.pool_errors import WouldBlockEventLoop as WouldBlockEventLoop
     from shmpool.position import CommitPosition as CommitPosition
@@ -31,6 +33,7 @@ _HOMES: Final = {
     "ConfigurationDiffers": "shmpool.pool_errors",
     "Connection": "shmpool.connection",
     "ConnectionGivenBackError": "shmpool.pool_errors",
+    "ConnectionLost": "shmpool.pool_errors",
     "CoordinatorNotRunning": "shmpool.pool_errors",
     "Handle": "shmpool.handle",
     "NoEligibleEndpoint": "shmpool.pool_errors",
@@ -41,6 +44,7 @@ _HOMES: Final = {
     "PositionNotReached": "shmpool.pool_errors",
     "QueryTimeout": "shmpool.pool_errors",
     "TooManyWaiting": "shmpool.pool_errors",
+    "TransactionOutcomeUnknown": "shmpool.pool_errors",
     "UnknownGroup": "shmpool.pool_errors",
     "WouldBlockEventLoop": "shmpool.pool_errors",
 }

@@ -2,7 +2,8 @@
 
 The classes here are laid over the application's own, in groups that have the setting and in no other.  They note since
 when a call waits for the server; when that is too long, the thread of watch.py shuts down a duplicate of the socket's
-descriptor, which ends the wait inside libpq at once, over TLS as well.  What the call raises then is QueryTimeout.
+descriptor, which ends the wait inside libpq at once, over TLS as well.  What the call raises then is QueryTimeout, or
+TransactionOutcomeUnknown because of it (losses.py).
 
 What counts is the time of one call: `execute`, one round of `executemany`, one fetch from a named cursor, a commit.
 In a COPY it begins anew with each piece that moves, and stands still while the application's file is read or written.
@@ -19,14 +20,21 @@ import io
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Final, cast
 
-from psycopg2 import DatabaseError, InterfaceError
+from psycopg2 import InterfaceError
 from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE, connection, cursor
 
 from shmpool.clock import monotonic
 from shmpool.connection import Connection
+from shmpool.losses import (
+    ASKING_OF_NAMED,
+    SESSION_PROPERTIES,
+    TellingCursor,
+    TellingNamedCursor,
+    laid_over,
+)
 from shmpool.pool_errors import QueryTimeout
 from shmpool.watch import watch
 
@@ -44,8 +52,6 @@ _ASKING: Final = (
     "tpc_recover",
     "tpc_rollback",
 )
-_ASKING_PROPERTIES: Final = ("autocommit", "isolation_level", "readonly", "deferrable")
-_ASKING_OF_NAMED: Final = ("fetchone", "fetchmany", "fetchall", "scroll", "close", "__next__")
 
 
 def _ask(conn: BoundedConnection, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -53,10 +59,6 @@ def _ask(conn: BoundedConnection, call: Callable[..., Any], /, *args: Any, **kwa
     before, conn.asked_at = conn.asked_at, monotonic()
     try:
         return call(*args, **kwargs)
-    except DatabaseError as error:
-        if conn.is_cut and not isinstance(error, QueryTimeout):
-            raise QueryTimeout(conn.query_timeout) from error
-        raise
     finally:
         conn.asked_at = before
 
@@ -73,8 +75,23 @@ def _asking(kind: type, name: str) -> Callable[..., Any]:
     return call
 
 
-class BoundedCursor(cursor):
+class BoundedCursor(TellingCursor):
     """A cursor of a bounded connection: laid over the application's own class."""
+
+    __slots__ = ()
+
+    def execute(self, *args: Any, **kwargs: Any) -> Any:
+        """As psycopg2's, bounded in time; as `_ask`, without its frames."""
+        conn = _connection_of(self)
+        before, conn.asked_at = conn.asked_at, monotonic()
+        try:
+            return super().execute(*args, **kwargs)
+        finally:
+            conn.asked_at = before
+
+    def callproc(self, *args: Any, **kwargs: Any) -> Any:
+        """As psycopg2's, bounded in time."""
+        return _ask(_connection_of(self), super().callproc, *args, **kwargs)
 
     def executemany(self, query: Any, vars_list: Iterable[Any]) -> None:
         """As psycopg2's, each round bounded in time."""
@@ -97,13 +114,13 @@ class BoundedCursor(cursor):
         _ask(conn, super().copy_expert, sql, _pieces(conn, file), *args, **kwargs)
 
 
-class BoundedNamedCursor(BoundedCursor):
+class BoundedNamedCursor(BoundedCursor, TellingNamedCursor):
     """A server-side cursor: it asks at each fetch."""
 
+    __slots__ = ()
 
-for _name in ("execute", "callproc"):
-    setattr(BoundedCursor, _name, _asking(BoundedCursor, _name))
-for _name in _ASKING_OF_NAMED:
+
+for _name in ASKING_OF_NAMED:
     setattr(BoundedNamedCursor, _name, _asking(BoundedNamedCursor, _name))
 
 
@@ -111,8 +128,11 @@ class BoundedConnection(Connection):
     """A pooled connection that is cut when an answer takes too long: laid over the application's own class."""
 
     own_cursor = BoundedCursor
+    cursor_layer = BoundedCursor
+    named_cursor_layer = BoundedNamedCursor
     asked_at: float = _NEVER  # CLOCK_MONOTONIC; infinite while nothing is asked
     query_timeout: float = _NEVER  # seconds
+    is_late: bool = False  # it was cut for that
     _twin: socket.socket | None = None  # of a number that stays ours when libpq closes its own
     _tell: Callable[[str], None]
 
@@ -141,7 +161,7 @@ class BoundedConnection(Connection):
         """
         if not self._waits() or self._twin is None:
             return False
-        self.is_cut = True
+        self.is_cut = self.is_late = True
         self.marks.append(None)
         if self.asked_at != asked_at or not self._waits():
             return False
@@ -159,19 +179,9 @@ class BoundedConnection(Connection):
             return connection.get_transaction_status(self) == TRANSACTION_STATUS_ACTIVE
         return False
 
-    def cursor(self, *args: Any, **kwargs: Any) -> Any:
-        """As Connection's, with cursors that are bounded in time."""
-        cur = super().cursor(*args, **kwargs)
-        kind = type(cur)
-        if issubclass(kind, BoundedCursor):
-            return cur
-        # Which class it is only the application's own `cursor` may know: made again with one laid over that.
-        over = _laid_over(kind, BoundedCursor if cur.name is None else BoundedNamedCursor)
-        if len(args) > 1:
-            args = (args[0], over, *args[2:])
-        else:
-            kwargs["cursor_factory"] = over
-        return super().cursor(*args, **kwargs)
+    def cut_error(self) -> QueryTimeout | None:
+        """As Connection's: a wait that was too long."""
+        return QueryTimeout(self.query_timeout) if self.is_late else None
 
 
 for _name in _ASKING:
@@ -185,22 +195,13 @@ def _asking_property(name: str) -> property:
     return property(base.fget, lambda self, value: _ask(self, put, self, value), doc=base.__doc__)
 
 
-for _name in _ASKING_PROPERTIES:
+for _name in SESSION_PROPERTIES:
     setattr(BoundedConnection, _name, _asking_property(_name))
 
 
 def bounded(factory: type[Connection]) -> type[Connection]:
     """Return a connection class laid over another one; the same one each time."""
-    return cast(type[Connection], _laid_over(factory, BoundedConnection))
-
-
-def _lay_over(factory: type[Any], layer: type[Any]) -> type[Any]:
-    if issubclass(layer, factory):
-        return layer
-    return type(factory.__name__, (layer, factory), {"__module__": factory.__module__, "__doc__": factory.__doc__})
-
-
-_laid_over: Final[Any] = lru_cache(128)(_lay_over)
+    return cast(type[Connection], laid_over(factory, BoundedConnection))
 
 
 def _connection_of(cur: cursor) -> BoundedConnection:

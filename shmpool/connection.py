@@ -34,16 +34,24 @@ from psycopg2.extensions import (
 
 from shmpool.clock import monotonic
 from shmpool.credentials import Secrets
+from shmpool.losses import SESSION_PROPERTIES, TellingConnection
 from shmpool.position import CommitPosition, Standing, end_of_records
 from shmpool.settings import Credentials, EndpointSettings, GroupSettings
 from shmpool.states import Role
 
 CLOSE_BOUND_S: Final = 0.5  # a server needs about a millisecond; past this the slot is left to the coordinator
+POOLER_ANSWER_S: Final = 5.0  # a pooler takes connections also while its server does not answer
 APPLICATION_NAME_BYTES: Final = 63  # what PostgreSQL keeps of it
 _NO_CREDENTIALS: Final = Credentials("", (), "")
 # A server answered: it refused (libpq puts two spaces behind the severity, which servers translate), or it asked for a
 # password and there was none.
 _REFUSAL: Final = re.compile(r":  \S|no password supplied")
+# libpq itself gave up, before it asked for a session: TLS is not what was wanted of the server.
+_UNTRUSTED: Final = re.compile(
+    r"certificate verify failed|certificate for .* does not match host name|certificate file .* does not exist"
+    r"|server's host name from server certificate|server does not support SSL"
+)
+_NEXT_ADDRESS: Final = re.compile(r"\n(?=connection to server)")
 _MASKED: Final = ("password", "sslpassword")
 _PENDING_READS: Final = 4
 _PRUNE_AT: Final = 64  # cursors remembered before the dead ones are forgotten
@@ -68,23 +76,20 @@ from (select s.recovery, case when s.recovery then pg_last_wal_replay_lsn() else
 """
 
 
-class Connection(connection):
+class Connection(TellingConnection):
     """A pooled connection.  Derive from it to add your own methods (`Pool(connection_factory=...)`)."""
 
     marks: list[weakref.ref[cursor] | None]  # what a checkin must look after: cursors, and None for a session change
     opened_encoding: str
     opened_at: float  # CLOCK_MONOTONIC
     socket_inode: int  # tells its socket from whatever has the descriptor's number later
-    is_cut: bool  # this side shut the socket down: the end of the stream says nothing about the server's end
     seen: Standing | None = None  # where its server stood when it was asked last; it has not gone back since
-    own_cursor: type[cursor] = cursor  # for what the pool itself asks
 
     def __init__(self, dsn: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(dsn, *args, **kwargs)
         self.marks = []
         self.opened_at = monotonic()
         self.socket_inode = os.fstat(self.fileno()).st_ino
-        self.is_cut = False
         self.opened_encoding = self.encoding
 
     def __repr__(self) -> str:
@@ -144,7 +149,7 @@ class Connection(connection):
 
 def _noted(name: str) -> property:
     """Return a property that is psycopg2's attribute `name` and notes that it was set."""
-    base = connection.__dict__[name]
+    base: Any = getattr(TellingConnection, name)
 
     def put(self: Connection, value: Any) -> None:
         self.marks.append(None)
@@ -153,7 +158,7 @@ def _noted(name: str) -> property:
     return property(base.__get__, put, doc=f"As psycopg2's `{name}`; undone at checkin.")
 
 
-for _name in ("autocommit", "isolation_level", "readonly", "deferrable", "cursor_factory", "notices"):
+for _name in (*SESSION_PROPERTIES, "cursor_factory", "notices"):
     setattr(Connection, _name, _noted(_name))
 
 
@@ -190,7 +195,7 @@ def make_recipe(
         endpoint = endpoint._replace(credentials=_NO_CREDENTIALS)
     given = " ".join(filter(None, (merged.get("options"), overlay.pop("options", None))))
     merged.update(overlay)
-    options = " ".join(filter(None, (given, _options(group))))
+    options = " ".join(filter(None, (given, "" if endpoint.via == "pooler" else _options(group))))
     if options:
         merged["options"] = options
     return Recipe(endpoint, group, make_dsn(**merged), group.autocommit, factory, cursor_factory, on_connect)
@@ -198,7 +203,12 @@ def make_recipe(
 
 def _options(group: GroupSettings) -> str:
     """Return the server settings of a group as start-up options: they cost no round trip."""
-    settings: dict[str, str] = dict(group.settings)
+    settings = _session_settings(group) | _transaction_settings(group)
+    return " ".join(f"-c {name}={_escaped(value)}" for name, value in settings.items())
+
+
+def _session_settings(group: GroupSettings) -> dict[str, str]:
+    settings = dict(group.settings)
     for name, seconds in (
         ("statement_timeout", group.statement_timeout),
         ("lock_timeout", group.lock_timeout),
@@ -206,11 +216,16 @@ def _options(group: GroupSettings) -> str:
     ):
         if seconds is not None:
             settings[name] = str(round(seconds * 1000))
+    return settings
+
+
+def _transaction_settings(group: GroupSettings) -> dict[str, str]:
+    settings = {}
     if group.isolation_level != "default":
         settings["default_transaction_isolation"] = group.isolation_level
     if group.readonly:
         settings["default_transaction_read_only"] = "on"
-    return " ".join(f"-c {name}={_escaped(value)}" for name, value in settings.items())
+    return settings
 
 
 def _escaped(value: str) -> str:
@@ -228,17 +243,25 @@ def application_name(prefix: str, pool: str, row: int, generation: int, slot: in
 class ConnectFailedError(OperationalError):
     """psycopg2 could not connect.
 
-    `is_refused`: a server answered, and does not want it so.  `is_over`: surely no server has a session of it.
+    `is_refused`: a server answered, and does not want it so.  `is_untrusted`: this side does not want the server so.
+    `is_over`: surely no server has a session of it.
     """
 
-    def __init__(self, message: str, *, is_refused: bool = False, is_over: bool = False) -> None:
+    def __init__(
+        self, message: str, *, is_refused: bool = False, is_untrusted: bool = False, is_over: bool = False
+    ) -> None:
         self.is_refused = is_refused
+        self.is_untrusted = is_untrusted
         self.is_over = is_over
         super().__init__(message)
 
 
 class WrongRoleError(OperationalError):
     """The server is in another role than the group needs."""
+
+
+class WrongServerError(WrongRoleError):
+    """Of several servers behind one name it was one in another role; the next connect may reach another."""
 
 
 def open_connection(recipe: Recipe, name: str, secrets: Secrets) -> Connection:
@@ -261,19 +284,35 @@ def open_connection(recipe: Recipe, name: str, secrets: Secrets) -> Connection:
         told = str(error).strip()
     else:
         assert isinstance(conn, Connection)
+        conn.endpoint = recipe.endpoint.name
         return conn
     # Not in the handler: the driver's exception has frames with the password, and would come along as the context.
-    is_refused = _REFUSAL.search(told) is not None
-    is_over = is_refused or "Connection refused" in told
-    raise ConnectFailedError(f"endpoint {recipe.endpoint.name!r}: {told}", is_refused=is_refused, is_over=is_over)
+    raise ConnectFailedError(
+        f"endpoint {recipe.endpoint.name!r}: {told}",
+        is_refused=_REFUSAL.search(told) is not None,
+        is_untrusted=_UNTRUSTED.search(told) is not None,
+        is_over=all(map(_is_over, _NEXT_ADDRESS.split(told))),
+    )
+
+
+def _is_over(told: str) -> bool:
+    """Whether surely no session came of trying one address."""
+    return "Connection refused" in told or any(reason.search(told) for reason in (_REFUSAL, _UNTRUSTED))
 
 
 def prepare(conn: Connection, recipe: Recipe) -> None:
     """Bring a new connection into the group's state; what `on_connect` left open is rolled back.
 
+    Behind a pooler this asks the server for the first time, bounded in time.
+
     Raises:
+        ConnectFailedError: the server behind a pooler was lost, or did not answer.
         Exception: whatever `on_connect` raised; the caller closes the connection.
     """
+    if recipe.endpoint.via == "pooler":
+        with _answering(conn, recipe):
+            _apply_settings(conn, recipe)
+            _set_transactions(conn, recipe)
     if recipe.autocommit:
         conn.autocommit = True
     if recipe.on_connect is not None:
@@ -283,16 +322,73 @@ def prepare(conn: Connection, recipe: Recipe) -> None:
     clear_marks(conn, recipe)
 
 
-def role_of(conn: connection) -> Role:
-    """Return the role that the server reported at start-up (`in_hot_standby`, PostgreSQL 14 and newer)."""
-    value = conn.get_parameter_status("in_hot_standby")
-    if value is None:
+@contextlib.contextmanager
+def _answering(conn: Connection, recipe: Recipe) -> Iterator[None]:
+    """Bound what is asked of a new connection's server; one that is lost over it did not come about.
+
+    Raises:
+        ConnectFailedError: the server was lost, or did not answer.
+    """
+    told = ""
+    try:
+        with _cut_after(conn, POOLER_ANSWER_S):
+            yield
+    except psycopg2.Error as error:
+        if not conn.closed and not conn.is_cut:
+            raise
+        told = str(error).strip()
+    if conn.is_cut:
+        told = f"no answer within {POOLER_ANSWER_S:g} s"
+    if told:
+        raise ConnectFailedError(f"endpoint {recipe.endpoint.name!r}, behind its pooler: {told}")
+
+
+def _apply_settings(conn: Connection, recipe: Recipe) -> None:
+    """Set in SQL what a pooler refuses at start-up: one round trip, or none."""
+    settings = _session_settings(recipe.group)
+    if recipe.autocommit:
+        settings |= _transaction_settings(recipe.group)
+    if settings:
+        conn.autocommit = True
+        with conn.own_cursor(conn) as cur:
+            calls = ", ".join(["set_config(%s, %s, false)"] * len(settings))
+            cur.execute(f"select {calls}", [word for setting in settings.items() for word in setting])
+        conn.autocommit = recipe.autocommit
+
+
+def _set_transactions(conn: Connection, recipe: Recipe) -> None:
+    """Have each BEGIN say what the group wants of it, so that it holds at whichever server the transaction runs."""
+    group = recipe.group
+    if not recipe.autocommit:
+        conn.set_session(
+            isolation_level=None if group.isolation_level == "default" else group.isolation_level.upper(),
+            readonly=group.readonly or None,
+        )
+
+
+def role_of(conn: Connection, recipe: Recipe) -> Role:
+    """Return the role of a connection's server, UNKNOWN where the group serves itself from every role.
+
+    It was reported at start-up (`in_hot_standby`, PostgreSQL 14 and newer), else the server is asked.  A pooler reports
+    what it heard when it connected first, which may be long ago.
+
+    Raises:
+        ConnectFailedError: the server behind a pooler was lost, or did not answer.
+    """
+    is_direct = recipe.endpoint.via == "direct"
+    value = conn.get_parameter_status("in_hot_standby") if is_direct else None
+    if value is not None:
+        return Role.REPLICA if value == "on" else Role.PRIMARY
+    if recipe.group.target in ("any", "prefer-replica"):
+        return Role.UNKNOWN
+    if is_direct:
         return _asked_role(conn)
-    return Role.REPLICA if value == "on" else Role.PRIMARY
+    with _answering(conn, recipe):
+        return _asked_role(conn)
 
 
-def _asked_role(conn: connection) -> Role:
-    with conn.cursor() as cur:
+def _asked_role(conn: Connection) -> Role:
+    with conn.own_cursor(conn) as cur:
         cur.execute("select pg_is_in_recovery()")
         row = cur.fetchone()
     if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
@@ -456,6 +552,8 @@ def _put_session_back(conn: Connection, recipe: Recipe) -> None:
     conn.set_session(isolation_level="DEFAULT", readonly="DEFAULT", deferrable="DEFAULT", autocommit=False)
     if recipe.autocommit:
         conn.autocommit = True
+    if recipe.endpoint.via == "pooler":
+        _set_transactions(conn, recipe)
     conn.cursor_factory = recipe.cursor_factory  # type: ignore[assignment]  # None is psycopg2's default
     if conn.encoding != conn.opened_encoding:
         conn.set_client_encoding(conn.opened_encoding)
@@ -470,6 +568,8 @@ def _reset(conn: Connection, recipe: Recipe) -> None:
         if not (conn.get_parameter_status("DateStyle") or "").startswith("ISO"):
             cur.execute("set datestyle to iso")
     conn.autocommit = recipe.autocommit
+    if recipe.endpoint.via == "pooler":
+        _apply_settings(conn, recipe)  # a reset goes back to how the session started
 
 
 def close_connection(conn: Connection, within: float = CLOSE_BOUND_S) -> bool:

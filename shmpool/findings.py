@@ -222,11 +222,19 @@ def _endpoint_findings(endpoint: EndpointReport) -> Iterator[Finding]:
             "its health cannot be told; it is not taken out for that",
             "see the coordinator's log, correct conninfo or credentials",
         )
+    elif endpoint.verdict is Verdict.ROLE_CONFLICT and not endpoint.is_superseded:
+        yield Finding(
+            Level.DEGRADED,
+            "endpoint-role-disputed",
+            f"{subject} says it is a primary, and so does another of its cluster on the same timeline",
+            "nobody can tell which one counts: the newcomer gets no connection; where neither was first, none does",
+            "stop the server that must not accept writes, and until it is a standby again: shmpool drain ITS-NAME",
+        )
     elif endpoint.verdict is Verdict.ROLE_CONFLICT:
         yield Finding(
             Level.DEGRADED,
             "endpoint-role-conflict",
-            f"{subject} says it is a primary, and so does another",
+            f"{subject} says it is a primary, and so does another of its cluster",
             "the older timeline gets no connection",
             "stop the server that should not accept writes",
         )

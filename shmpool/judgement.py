@@ -11,7 +11,7 @@ from typing import Any
 
 from shmpool.findings import find
 from shmpool.invariants import check
-from shmpool.replication import Server, is_lag_old
+from shmpool.replication import Server, is_lag_old, is_superseded
 from shmpool.settings import EndpointSettings, GroupSettings
 from shmpool.states import Role, ServerKind, Use
 from shmpool.status import (
@@ -199,16 +199,18 @@ def _endpoint(view: PoolView, workers: Sequence[WorkerReport], index: int, name:
         latency=row["latency"] if has_probe and row["latency"] > 0 else None,
         lag=row["lag"] if has_probe and row["lag"] >= 0 and status.role is Role.REPLICA else None,
         lag_bytes=row.get("lag_bytes", 0),
-        is_lag_old=has_probe and status.role is Role.REPLICA and _is_lag_old(view, index),
+        is_lag_old=has_probe and status.role is Role.REPLICA and is_lag_old(*_servers(view, index)),
+        is_superseded=has_probe and is_superseded(*_servers(view, index)),
         since=_age(view, row["since"]) if row else None,
         probed=_age(view, row["probed_at"]) if row else None,
         failing=_age(view, row["failing_since"]) if row and row["failing_since"] else None,
     )
 
 
-def _is_lag_old(view: PoolView, index: int) -> bool:
+def _servers(view: PoolView, index: int) -> tuple[Server, list[Server]]:
+    """Return an endpoint's server and the others."""
     servers = {other: Server.of(row) for other, row in view.endpoints.items()}
-    return is_lag_old(servers.pop(index), servers.values())
+    return servers.pop(index), list(servers.values())
 
 
 def _group(view: PoolView, workers: Sequence[WorkerReport], index: int, name: str) -> GroupReport:

@@ -22,6 +22,7 @@ from shmpool.connection import (
     Connection,
     Recipe,
     WrongRoleError,
+    WrongServerError,
     application_name,
     open_connection,
     prepare,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 LIFETIME_JITTER: Final = 0.05
 REFUSED_PAUSE_S: Final = 0.05  # between rounds in which every eligible endpoint refused
+_PID_MASK: Final = 0xFFFFFFFF  # a pooler makes numbers up, negative ones too
 _PASSING: Final = (
     "starting up",
     "shutting down",
@@ -47,6 +49,9 @@ _PASSING: Final = (
     "too many clients",
     "too many connections",
     "connection slots",
+    "no more connections allowed",
+    "cannot connect to server",
+    "login has been failing",
 )  # of a server that answers: it will serve soon
 
 
@@ -80,14 +85,20 @@ def open_lease(group: LocalGroup, token: Lease, attempt: Attempt, deadline: floa
     try:
         _bound(group, conn, endpoint.index)
         prepare(conn, recipe)
-        role = role_of(conn)
+        role = role_of(conn, recipe)
+    except ConnectFailedError as error:  # a pooler took it, and has no server for it
+        group.table.words[token.detail_at + slots.ERRORS] += 1
+        give_back(token)
+        _refused(group, endpoint.index, error, attempt, deadline)
+        return None
     except BaseException:
         give_back(token)
         raise
     if not is_role_allowed(settings.target, role):
         give_back(token)
-        wrong = WrongRoleError(
-            f"endpoint {recipe.endpoint.name!r} is a {role.name.lower()}, group "
+        is_service = recipe.endpoint.address == "service"
+        wrong = (WrongServerError if is_service else WrongRoleError)(
+            f"endpoint {recipe.endpoint.name!r} {'led to' if is_service else 'is'} a {role.name.lower()}, group "
             f"{settings.name!r} wants {settings.target}"
         )
         _refused(group, endpoint.index, wrong, attempt, deadline)
@@ -157,7 +168,7 @@ def _fill_in(group: LocalGroup, token: Lease, conn: Connection, recipe: Recipe) 
     jitter = 1 - LIFETIME_JITTER * chance()
     token.expires = conn.opened_at + group.settings.max_lifetime * jitter
     table.words[token.detail_at + slots.ENDPOINT_EPOCH] = Status.of(token.status).epoch
-    table.words[token.detail_at + slots.BACKEND_PID] = conn.get_backend_pid()
+    table.words[token.detail_at + slots.BACKEND_PID] = conn.get_backend_pid() & _PID_MASK
 
 
 def _let_go_unopened(group: LocalGroup, token: Lease, *, is_over: bool) -> None:
@@ -171,11 +182,17 @@ def _let_go_unopened(group: LocalGroup, token: Lease, *, is_over: bool) -> None:
 def _refused(
     group: LocalGroup, endpoint: int, error: psycopg2.OperationalError, attempt: Attempt, deadline: float
 ) -> None:
-    """Note that an endpoint did not serve; pause once a round, and tell the coordinator."""
-    group.attachment.say_evidence(endpoint, str(error))
-    group.router.avoid(endpoint)
+    """Note that an endpoint did not serve; pause once a round, and tell the coordinator.
+
+    That a name of several servers led to the wrong one says nothing against it, and is tried once more at once.
+    """
     again = endpoint in attempt.failures
     attempt.failures[endpoint] = error
+    if not isinstance(error, WrongServerError):
+        group.attachment.say_evidence(endpoint, str(error))
+    elif not again:
+        return
+    group.router.avoid(endpoint)
     eligible = set(attempt.route.order) if attempt.route else set()
     if eligible <= set(attempt.failures):
         if _is_hopeless(attempt):
@@ -187,7 +204,9 @@ def _refused(
 def _is_hopeless(attempt: Attempt) -> bool:
     """Whether every failure is of a kind that does not pass by itself: credentials, database, certificate."""
     return all(
-        isinstance(error, CredentialsError) or ("FATAL:" in str(error) and not is_passing(error))
+        isinstance(error, CredentialsError)
+        or (isinstance(error, ConnectFailedError) and error.is_untrusted)
+        or ("FATAL:" in str(error) and not is_passing(error))
         for error in attempt.failures.values()
     )
 

@@ -25,7 +25,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
 
 from psycopg2.extensions import STATUS_READY, cursor
 
@@ -43,6 +43,7 @@ from shmpool.local_group import LocalGroup
 from shmpool.names import Names
 from shmpool.pool_errors import ConfigurationDiffers, CoordinatorNotRunning, PoolClosed, PoolError, UnknownGroup
 from shmpool.position import CommitPosition
+from shmpool.retry import run
 from shmpool.settings import GIVEN, GroupSettings
 from shmpool.silence import cut_unanswered
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from shmpool.document import Document
 
 Priority = Literal["normal", "high"]
+_Result = TypeVar("_Result")
 
 JOIN_PAUSE_S: Final = 0.02  # between looks for a segment that is about to open
 SERVER_STARTS_S: Final = 10.0  # what an application server has to start the coordinator that it brings along
@@ -205,6 +207,35 @@ class Pool:
         if priority != "normal":
             return LendingAhead(self, group, timeout, priority)
         return Lending(self, group, timeout)
+
+    def run(
+        self,
+        group: str,
+        function: Callable[[Handle], _Result],
+        *,
+        retries: int = 2,
+        timeout: float | None = None,
+        after: CommitPosition | None = None,
+    ) -> _Result:
+        """Call a function with a connection of a group, commit as `connection` does, and return its result.
+
+        After a failure it is called again, with another connection and a short pause, where that is safe: the
+        connection was lost before a statement was sent, or the server rolled the whole transaction back (serialization
+        failure, deadlock).  In read-only groups (`readonly = true`, target `replica`) also after any other loss.  In
+        autocommit groups that are not read-only it is called once, and once where it committed something by itself.
+
+        What the function does elsewhere must bear being done again.  It must not end its transaction by a statement
+        (COMMIT as text), nor lift a read-only group's restriction by one.
+
+        Args:
+            retries: how often it is called again at most.
+            timeout: seconds for connections and pauses together; no call begins later.  Default: the group's.
+            after: as for `connection`.
+
+        Raises:
+            What `checkout` raises, and what the last call or its commit raised.
+        """
+        return run(self, group, function, retries=retries, timeout=timeout, after=after)
 
     def statistics(self) -> dict[str, dict[str, float]]:
         """Return this process's numbers for each group it has used: connections, waiting threads, counters."""

@@ -1,4 +1,4 @@
-"""What an application sees when the pool cannot serve it.
+"""What an application sees when the pool cannot serve it, or a connection breaks.
 
 All derive from psycopg2.OperationalError, so code that handles a database that is away handles these as well.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from psycopg2 import InterfaceError, OperationalError
+from psycopg2 import Error, InterfaceError, OperationalError
 
 
 class PoolError(OperationalError):
@@ -48,7 +48,8 @@ class NoEligibleEndpoint(PoolError):  # noqa: N818  says what is missing
 class QueryTimeout(PoolError):  # noqa: N818  beside PoolTimeout
     """The server did not answer in the group's `query_timeout`: the connection was cut.
 
-    Whether the server carried out what it was asked, a COMMIT too, is unknown.
+    Whether the server carried out what it was asked is unknown.  Of a COMMIT that was cut it is the cause:
+    TransactionOutcomeUnknown is raised.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -56,6 +57,62 @@ class QueryTimeout(PoolError):  # noqa: N818  beside PoolTimeout
             f"no answer within query_timeout, {seconds:g} s: the connection was cut; "
             "whether the server carried out what it was asked is unknown"
         )
+
+
+class ConnectionLost(PoolError):  # noqa: N818  says what happened
+    """The connection broke during a call; psycopg2's error is the cause, its SQLSTATE `pgcode`.
+
+    Outside a transaction it may be done again, if what was sent may be carried out twice; a transaction that was open
+    is rolled back by the server, and may be begun again as a whole.
+
+    `endpoint`: whose.  `was_in_transaction`: one was open.  `was_sent`: a statement was, in it or, in autocommit, by
+    itself: then whether that one was carried out is unknown.
+    """
+
+    def __init__(
+        self, endpoint: str, reason: Exception, *, was_in_transaction: bool = False, was_sent: bool = False
+    ) -> None:
+        self.endpoint = endpoint
+        self.was_in_transaction = was_in_transaction
+        self.was_sent = was_sent
+        if was_in_transaction:
+            known = "in an open transaction, which the server rolls back"
+        elif was_sent:
+            known = "after a statement was sent; whether the server carried that one out is unknown"
+        else:
+            known = "before a statement was sent"
+        super().__init__(f"endpoint {endpoint!r}: connection lost {known}: {str(reason).strip()}")
+
+    @property
+    def pgcode(self) -> str | None:  # type: ignore[override]  # writable in the stubs only
+        """The SQLSTATE that the server gave as the reason, if it gave one."""
+        return _code_of(self)
+
+
+class TransactionOutcomeUnknown(PoolError):  # noqa: N818  says what is known
+    """The connection broke while a transaction ended: whether it was committed is unknown.  Not to be repeated blindly.
+
+    `endpoint`, `pgcode`: as ConnectionLost's.  The cause is psycopg2's error, or QueryTimeout.
+    """
+
+    def __init__(self, endpoint: str, reason: Exception) -> None:
+        self.endpoint = endpoint
+        super().__init__(
+            f"endpoint {endpoint!r}: connection lost while a transaction ended; whether it took effect is unknown: "
+            f"{str(reason).strip()}"
+        )
+
+    @property
+    def pgcode(self) -> str | None:  # type: ignore[override]  # writable in the stubs only
+        """The SQLSTATE that the server gave as the reason, if it gave one."""
+        return _code_of(self)
+
+
+def _code_of(error: PoolError) -> str | None:
+    cause = error.__cause__
+    while isinstance(cause, PoolError):
+        cause = cause.__cause__
+    return cause.pgcode if isinstance(cause, Error) else None
 
 
 class UnknownGroup(PoolError):  # noqa: N818

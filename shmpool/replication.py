@@ -3,6 +3,13 @@
 Pure: no I/O, no clock.  Servers belong together by their system identifier; those with different ones are
 independent, and each has its own primary.
 
+Of several primaries of one cluster the newest timeline counts.  On the same timeline (a copy that was started, a
+standby that lost its standby.signal, two standbys promoted at once) nobody can tell which one counts, and writes must
+not go to both.  The one that had answered as the primary more than once before the other one did stays, and the
+newcomer is out; where neither had, both are.  Who is out stays so while the other one is down as well: what was
+written there must not be followed by writes here.  It ends when the other one is in recovery, or is taken out by its
+administrators.
+
 Lag is 0 once replay has passed the primary's last known position, however long ago the last transaction was.  Before
 that it is the age of the last replayed transaction, and never more than the time since lag was last 0: an idle primary
 that writes again makes no replica late.  A primary that did not answer its last probe may have written more than is
@@ -15,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
-from shmpool.states import Admin, Role, Verdict
+from shmpool.states import Admin, Health, Role, Verdict
 
 
 class Server(NamedTuple):
@@ -26,6 +33,16 @@ class Server(NamedTuple):
     system_identifier: int
     timeline: int
     lsn: int  # write position of a primary, replay position of a replica
+    started: int = 0  # by its own clock: tells two servers from one that has two names
+    is_down: bool = False
+    is_ready: bool = True  # its administrators want it to take part
+    is_out: bool = False  # another primary kept it out until now
+    is_settled: bool = False  # it had answered as this very primary before its last probe
+
+    @property
+    def identity(self) -> tuple[Role, int, int, int]:
+        """What stays the same as long as nobody else takes over the name, and it is neither restarted nor promoted."""
+        return self.role, self.system_identifier, self.timeline, self.started
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Self:
@@ -37,6 +54,10 @@ class Server(NamedTuple):
             system_identifier=row["system_identifier"],
             timeline=row["timeline"],
             lsn=row["lsn"],
+            started=row["server_start_wall"],
+            is_down=status.health is Health.DOWN,
+            is_ready=status.admin is Admin.READY,
+            is_out=status.verdict is Verdict.ROLE_CONFLICT,
         )
 
 
@@ -62,6 +83,20 @@ def is_superseded(server: Server, others: Iterable[Server]) -> bool:
             for other in others
         )
     )
+
+
+def is_disputed(server: Server, others: Iterable[Server]) -> bool:
+    """Whether a primary must not be used, because its cluster has another one on the same timeline."""
+    rivals = [other for other in others if other.is_ready and _is_rival(server, other)]
+    if server.is_out:
+        return bool(rivals)
+    return not server.is_settled and any(not (r.is_down or (r.is_out and r.is_settled)) for r in rivals)
+
+
+def _is_rival(server: Server, other: Server) -> bool:
+    """Whether two servers are primaries of one cluster on the same timeline, and not the same server."""
+    mine, its = server.identity, other.identity
+    return server.role is Role.PRIMARY and all(mine + its) and mine[:3] == its[:3] and mine[3] != its[3]
 
 
 def primary_of(replica: Server, others: Iterable[Server]) -> Server | None:

@@ -77,7 +77,7 @@ def _standing(group: GroupSettings, candidate: Candidate, is_stale: bool) -> str
     if status.admin is not Admin.READY:
         return f"{status.admin.name.lower()} by its administrators"
     if status.verdict is Verdict.ROLE_CONFLICT:
-        return "claims to be the primary, but a newer one exists"
+        return "claims to be the primary, as another one of its cluster does"
     if is_stale:
         return None
     if status.health is Health.DOWN:

@@ -102,6 +102,7 @@ class EndpointReport:
     lag: float | None
     lag_bytes: int
     is_lag_old: bool  # a replica's, as of an earlier moment: its primary is not seen now
+    is_superseded: bool  # a primary of a cluster that has one on a newer timeline
     since: float | None  # age of the present state
     probed: float | None  # age of the last probe
     failing: float | None  # age of the first failed probe, of those that failed in a row until now

@@ -32,6 +32,7 @@ PLAIN_COLUMNS: Final = 100  # where no terminal tells its width
 WORKERS_SHOWN: Final = 50  # a terminal's worth; drawing a table takes half a millisecond for each line
 SLOTS_SHOWN: Final = 200
 
+_TEXTS: Final = {"what", "configuration"}  # headings of columns that are folded where there is no room
 _LEVEL_STYLES: Final = {Level.FINE: "green", Level.DEGRADED: "yellow", Level.NOT_RUNNING: "bold red"}
 _HEALTH_STYLES: Final = {Health.UNKNOWN: "yellow", Health.UP: "green", Health.DOWN: "bold red"}
 _USE_STYLES: Final = {Use.WAITING: "yellow", Use.ACTIVE: "green", Use.CLOSING: "magenta"}
@@ -140,7 +141,7 @@ def _word(value: Level | Admin | Health | Use | Verdict) -> str:
 
 
 def _table(title: str | None, *headings: str) -> Table:
-    """Return an empty table; a heading that begins with `>` is of a column of numbers."""
+    """Return an empty table; a heading that begins with `>` is of a column of numbers, and texts give way."""
     table = Table(
         title=title,
         title_justify="left",
@@ -155,8 +156,8 @@ def _table(title: str | None, *headings: str) -> Table:
         table.add_column(
             heading.lstrip(">"),
             justify="right" if is_number else "left",
-            no_wrap=heading != "what",
-            overflow="ellipsis",
+            no_wrap=heading not in _TEXTS,
+            overflow="fold" if heading in _TEXTS else "ellipsis",
         )
     return table
 

@@ -20,6 +20,7 @@ INSTALL = [VENV_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-versio
 STAMP = os.path.join(VENV, "shmpool.stamp")
 INPUTS = ("pyproject.toml", "constraints.txt")
 UWSGI = os.path.join(VENV, "bin", "uwsgi")
+PEERS = ("pgdbpool", "psycopg", "psycopg_pool", "sqlalchemy")
 UWSGI_LOG = os.path.join(VENV, "uwsgi.log")
 
 
@@ -29,6 +30,8 @@ def main() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if sys.argv[1:] == ["uwsgi"]:
             add_uwsgi()
+        elif sys.argv[1:] == ["bench"]:
+            add_bench()
         else:
             refresh()
 
@@ -73,6 +76,14 @@ def add_uwsgi() -> None:
         if os.environ.get("CI"):
             stop(told)
         say(told + "; its tests are skipped")
+
+
+def add_bench() -> None:
+    """Install the pools that a benchmark compares with, unless they are there."""
+    probe = f"import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, {PEERS!r})))"
+    if subprocess.call([VENV_PYTHON, "-c", probe]):
+        say("installing the pools to compare with")
+        run([*INSTALL, "-e", ".[bench]"], "install the pools to compare with")
 
 
 def wanted_stamp() -> "list[str]":

@@ -250,6 +250,7 @@ class Server:
         self.name = name
         self.root = root
         self.data = root / name
+        self.host = HOST
         self.port = _free_port()
         self._launcher = launcher
         self._log = root / f"{name}.log"
@@ -289,6 +290,32 @@ class Server:
         )
         return standby
 
+    def rewind(self, source: Server) -> None:
+        """Make this stopped server a streaming standby of a running one, whatever it wrote alone.  Does not start.
+
+        Needs data checksums, or `wal_log_hints`.
+        """
+        self._launcher.run(
+            "pg_rewind",
+            f"--target-pgdata={self.data}",
+            f"--source-server={source.conninfo(application_name=self.name)}",
+            "--write-recovery-conf",
+            "--no-sync",
+        )
+
+    def put(self, name: str) -> None:
+        """Put an empty file, such as `standby.signal`, into the data directory."""
+        file = self.data / name
+        file.touch()
+        owner = self.data.stat()
+        os.chown(file, owner.st_uid, owner.st_gid)
+
+    def move(self, host: str, port: int) -> None:
+        """Give a server that has not started yet another address; elsewhere than on HOST it has no Unix socket."""
+        self.host, self.port = host, port
+        with (self.data / "postgresql.conf").open("a") as configuration:
+            configuration.write(f"listen_addresses = '{host}'\n")
+
     @property
     def pid(self) -> int | None:
         """The postmaster's pid, or None when it does not run."""
@@ -300,7 +327,7 @@ class Server:
 
     def conninfo(self, **overrides: Any) -> str:
         """Return a libpq connection string; `host=str(server.root)` for the Unix socket."""
-        parameters = {"host": HOST, "port": self.port, "user": SUPERUSER, "dbname": "postgres"}
+        parameters = {"host": self.host, "port": self.port, "user": SUPERUSER, "dbname": "postgres"}
         return make_dsn(None, **(parameters | overrides))
 
     def execute(self, sql: str) -> list[tuple[Any, ...]]:
@@ -425,7 +452,8 @@ class Server:
 
     def _socket_directory(self) -> str:
         path = self.root / f".s.PGSQL.{self.port}.lock"
-        return str(self.root) if len(os.fsencode(path)) <= SOCKET_PATH_BYTES else ""
+        is_possible = self.host == HOST and len(os.fsencode(path)) <= SOCKET_PATH_BYTES
+        return str(self.root) if is_possible else ""
 
 
 def _send(pid: int, number: signal.Signals) -> None:
@@ -445,11 +473,18 @@ def _free_port() -> int:
 
 
 class Cluster:
-    """A primary and its standbys in a private directory, for the length of a `with` block."""
+    """A primary and its standbys in a private directory, for the length of a `with` block.
 
-    def __init__(self, standbys: int = 0, settings: Mapping[str, str] | None = None) -> None:
+    Args:
+        is_one_port: all have the primary's port, the standbys on 127.0.0.2 and so on.
+    """
+
+    def __init__(
+        self, standbys: int = 0, settings: Mapping[str, str] | None = None, *, is_one_port: bool = False
+    ) -> None:
         self.standbys: list[Server] = []
         self._count = standbys
+        self._is_one_port = is_one_port
         self._settings = settings
         self._owner = os.getpid()
 
@@ -473,7 +508,10 @@ class Cluster:
         try:
             self.primary = self._start(Server.create(self.root, "primary", self._settings))
             for number in range(1, self._count + 1):
-                self.standbys.append(self._start(self.primary.standby(f"standby{number}")))
+                standby = self.primary.standby(f"standby{number}")
+                if self._is_one_port:
+                    standby.move(f"127.0.0.{number + 1}", self.primary.port)
+                self.standbys.append(self._start(standby))
         except BaseException:
             self.close()
             raise

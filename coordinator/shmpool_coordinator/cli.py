@@ -22,7 +22,7 @@ from shmpool.names import SHM_DIR, Names, uid_of
 from shmpool.rows import coordinator_pid, start_time
 from shmpool.settings import GIVEN
 from shmpool_coordinator import mule
-from shmpool_coordinator.config import ConfigError, DurationOrZero, find, load
+from shmpool_coordinator.config import ConfigError, DurationOrZero, describe, find, load, warnings_of
 from shmpool_coordinator.daemon import Daemon
 from shmpool_coordinator.origin import File, Origin, given_by, hide_memory
 
@@ -149,7 +149,7 @@ def _be_coordinator(options: argparse.Namespace) -> int:
         _close_from(3)  # what a master left open is not ours to keep
     try:
         _begin_logging(options.log_level, log_file, is_detached=ready is not None)
-        for warning in config.warnings():
+        for warning in warnings_of(config):
             logging.getLogger(__name__).warning("config: %s", warning)
         if options.mule:
             if not mule.stand_by(Names.of(config.name)):
@@ -227,11 +227,11 @@ def _check_config(options: argparse.Namespace) -> int:
     config = load(find(options.file))
     limits = config.limits
     shape = Layout(limits.workers, limits.slots_per_worker, limits.endpoints, limits.groups)
-    print(config.describe())
+    print(describe(config))
     count = 3 * len(config.groups) + len(config.endpoints)  # a permit semaphore each, and two bells per group
     needed = shape.size_bytes + count * PAGE_BYTES
     print(f"{SHM_DIR}: {needed} bytes: {shape.size_bytes} for the segment, and a page for each of {count} semaphores")
-    for warning in config.warnings():
+    for warning in warnings_of(config):
         print(f"warning: {warning}")
     return 0
 

@@ -12,7 +12,7 @@ from typing import Final
 from shmpool.clock import monotonic
 from shmpool.errors import MechanismError
 from shmpool.layout import ENDPOINTS
-from shmpool.replication import Lag, Server, is_superseded
+from shmpool.replication import Lag, Server, is_disputed, is_superseded
 from shmpool.routing import is_role_allowed
 from shmpool.segment import Segment
 from shmpool.settings import EndpointSettings, GroupSettings, PoolSettings
@@ -37,6 +37,7 @@ class Endpoints:
         self._endpoints: tuple[EndpointSettings, ...] = ()
         self._groups: tuple[GroupSettings, ...] = ()
         self._addresses: dict[int, str] = {}
+        self._identities: dict[int, tuple[object, bool]] = {}  # of servers; whether they had it one probe earlier, too
 
     def status(self, index: int) -> Status:
         """Return an endpoint's status word, taken apart."""
@@ -52,6 +53,11 @@ class Endpoints:
         self._endpoints, self._groups = settings.endpoints, settings.groups
         configured = {e.index for e in self._endpoints}
         self._addresses = {index: address for index, address in self._addresses.items() if index in configured}
+        self._identities = {index: known for index, known in self._identities.items() if index in configured}
+
+    def remember(self, settings: PoolSettings) -> None:
+        """Take the servers that an earlier coordinator saw for known ones."""
+        self._identities = {e.index: (self.server(e.index).identity, True) for e in settings.endpoints}
 
     def configure(self, endpoint: EndpointSettings, before: EndpointSettings | None) -> None:
         """Store what the configuration says of an endpoint, and said before."""
@@ -130,6 +136,8 @@ class Endpoints:
             if seen is not None:
                 words[place(column)] = seen & 0xFFFFFFFFFFFFFFFF
         is_moved = False
+        if result.verdict is Verdict.OK:
+            self._note_identity(index, self.server(index)._replace(role=health.role))
         if result.address is not None:
             is_moved = self._addresses.get(index, result.address) != result.address
             self._addresses[index] = result.address
@@ -137,13 +145,12 @@ class Endpoints:
         times[place("probed_at")] = monotonic() if result.asked_at is None else result.asked_at
 
     def judge(self, index: int, health: EndpointHealth, *, is_moved: bool = False) -> None:
-        """Store an endpoint's health, role and verdict: ROLE_CONFLICT for a primary that another one supersedes.
-
-        The configuration has the last word: an endpoint that it no longer names supersedes nobody.
-        """
+        """Store an endpoint's health, role and verdict: ROLE_CONFLICT for a primary that another one keeps out."""
         mine = self.server(index)._replace(role=health.role)
-        others = [self.server(e.index) for e in self._endpoints if e.index != index and e.max_connections]
-        is_out = health.health is not Health.DOWN and is_superseded(mine, others)
+        if mine.is_down:
+            mine = mine._replace(is_settled=False)  # it returns as a newcomer
+        others = self._others(index)
+        is_out = health.health is not Health.DOWN and (is_superseded(mine, others) or is_disputed(mine, others))
         self._set_status(
             index,
             is_moved=is_moved,
@@ -155,7 +162,28 @@ class Endpoints:
     def server(self, index: int) -> Server:
         """Return what was last known of an endpoint's server, by this coordinator or an earlier one."""
         row = read_row(self._segment, ENDPOINTS, index)
-        return Server.of(row | {"status": Status.of(row["status"])})
+        server = Server.of(row | {"status": Status.of(row["status"])})
+        return server._replace(is_settled=self._identities.get(index) == (server.identity, True))
+
+    def _others(self, index: int) -> list[Server]:
+        """Return the other servers; the configuration has the last word: one that it no longer names is not there."""
+        return [self.server(e.index) for e in self._endpoints if e.index != index and e.max_connections]
+
+    def conflict(self, index: int) -> str:
+        """Return why a primary is kept out by another one, "" if it is not."""
+        if self.status(index).verdict is not Verdict.ROLE_CONFLICT:
+            return ""
+        mine = self.server(index)
+        if is_superseded(mine, self._others(index)):
+            return f"its timeline {mine.timeline} is not the newest one of its cluster"
+        return (
+            f"another primary of its cluster is on timeline {mine.timeline}, too, and nobody can tell which one "
+            "counts: it gets no connection until the other one is a standby, or drained by an administrator"
+        )
+
+    def _note_identity(self, index: int, server: Server) -> None:
+        before, _ = self._identities.get(index, (None, False))
+        self._identities[index] = (server.identity, before == server.identity)
 
     def lag(self, index: int) -> Lag:
         """Return how far a replica was behind when it was last known."""

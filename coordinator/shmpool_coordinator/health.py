@@ -6,8 +6,8 @@ Pure: no I/O, takes `now`.
        └───(`fall` bad, or STARTING)──▶ DOWN ◀──(`fall` bad, or STARTING)── UP
 
 Guarantees.
-- Rise and fall rule health only; a role acts on the first probe that shows it, and stays when a
-  probe shows none.
+- Rise and fall rule health only; a role acts on the first probe that shows it, and stays while
+  probes are not answered.  An answer without a role is that of a name of several servers: it has none.
 - No endpoint becomes UP without an answer from its server, nor DOWN but by `fall` bad probes in a
   row, by one that is refused just after workers lost it, or by a server that says itself that it
   does not take connections.
@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 from shmpool.states import Health, Role, Verdict
 
@@ -104,9 +104,24 @@ class ProbeResult:
     started_at: float | None = None
     server_version: int | None = None
     max_connections: int | None = None
-    address: str | None = None
+    address: str | None = None  # to compare it: what the host's name led to, and the server's own
     error: str = ""
     asked_at: float | None = None  # monotonic, before the server answered
+
+    def of_any_server(self) -> Self:
+        """Return what holds for every server behind a name, not for the one alone that answered."""
+        return replace(
+            self,
+            role=Role.UNKNOWN,
+            read_only=None,
+            lsn=None,
+            lag_bytes=None,
+            lag_s=None,
+            timeline=None,
+            system_identifier=None,
+            started_at=None,
+            address=None,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +193,7 @@ def advance(
     changed = replace(
         state,
         health=health,
-        role=state.role if result.role == Role.UNKNOWN else result.role,
+        role=result.role if result.verdict is Verdict.OK else state.role,
         read_only=state.read_only if result.read_only is None else result.read_only,
         good=0 if moved else good,
         bad=0 if moved else bad,

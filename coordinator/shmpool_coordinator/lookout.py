@@ -113,7 +113,8 @@ class Lookout:
             self._results.put((prober, result))
             self._wake()
 
-        return Prober(probe, Resolver(endpoint.conninfo, settings.resolve_every), hand_in)
+        named = "" if endpoint.address == "service" else endpoint.conninfo  # libpq tries all addresses
+        return Prober(probe, Resolver(named, settings.resolve_every), hand_in)
 
     def end(self) -> None:
         """End all probes, each after the check it may be in."""
@@ -231,7 +232,11 @@ class Lookout:
             self._endpoints.record_lag(index, Lag(0, 0.0) if is_primary else Lag(None, None))
             return
         replica = self._endpoints.server(index)
-        others = [self._endpoints.server(other) for other in self._watches if other != index]
+        others = [
+            self._endpoints.server(other)
+            for other, seen in self._watches.items()
+            if other != index and seen.settings.address == "instance"
+        ]
         lag = lag_of(
             replica,
             others,
@@ -250,6 +255,7 @@ class Lookout:
         if now == watch.told:
             return
         watch.told = now
+        told = watch.health.error or self._endpoints.conflict(watch.settings.index)
         level = logging.INFO if status.verdict is Verdict.OK else logging.WARNING
         log.log(
             level,
@@ -258,7 +264,7 @@ class Lookout:
             status.health.name,
             status.role.name.lower(),
             status.verdict.name.lower(),
-            f" ({watch.health.error})" if watch.health.error else "",
+            f" ({told})" if told else "",
         )
 
     # -- what workers tell, and what is told -------------------------------------------------------

@@ -8,6 +8,7 @@ Guarantees.
   bound) and the resolution of a host name, which libpq does blocking: pass `hostaddr`, resolved off
   the event loop.
 - At most one server session per probe; after any failure there is none.
+- A name of several servers is connected to anew at each check, and nothing that holds for one of them is told.
 Assumptions.
 - One thread at a time uses a probe, and no probe is used across fork.
 """
@@ -84,8 +85,8 @@ VERDICT_OF_SQLSTATE: Final[Mapping[str, Verdict]] = {
     "57P01": Verdict.LOST,  # admin_shutdown
     "57P02": Verdict.LOST,  # crash_shutdown
     "57P05": Verdict.LOST,  # idle_session_timeout
-    "08": Verdict.LOST,  # connection exceptions
 }
+CONNECTION_EXCEPTION: Final = "08"  # the text tells more: poolers say 08P01 of nearly everything
 
 # A failed connect has no SQLSTATE in psycopg2.  libpq writes it into a verbose message, where it
 # does not depend on the server's language: "FATAL:  28P01: ...", and a last line with the place in
@@ -218,7 +219,7 @@ def verdict_of(error: BaseException, sqlstate: str | None = None) -> Verdict:
     for verdict, pattern in VERDICT_OF_TEXT:
         if pattern.search(text):
             return verdict
-    return Verdict.ERROR
+    return Verdict.LOST if (sqlstate or "")[:2] == CONNECTION_EXCEPTION else Verdict.ERROR
 
 
 def _load_verbosity() -> Callable[[int, int], int] | None:
@@ -296,12 +297,16 @@ class Probe:
             self._hostaddr = hostaddr
         try:
             connection = self._connection or self._open()
-            return self._ask(connection)
+            result = self._ask(connection)
         except (psycopg2.Error, TimeoutError, OSError) as error:
             self.close()
             text = SOURCE_IN_TEXT.sub("", str(error).rstrip())
             text = " ".join(text.split()) or type(error).__name__
             return ProbeResult(verdict=verdict_of(error, sqlstate_of(error)), error=text)
+        if self._settings.address == "service":
+            self.close()  # whether the name takes connections only a new one tells
+            return result.of_any_server()
+        return result
 
     def close(self) -> None:
         """Close the kept connection; does nothing when there is none."""
@@ -365,7 +370,7 @@ class Probe:
             started_at=started,
             server_version=connection.server_version,
             max_connections=cap,
-            address=address,
+            address=" ".join(filter(None, (self._hostaddr, address))) or None,
             asked_at=asked_at,
         )
 

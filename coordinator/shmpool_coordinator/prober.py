@@ -25,8 +25,13 @@ class Resolver:
         self._host = "" if keywords.get("hostaddr") or host.startswith(("/", "@")) else host
         self._port = keywords.get("port", "5432")
         self._every_s = every_s
-        self._address = ""
+        self._addresses: list[str] = []  # the one in use first
         self._due = 0.0
+
+    def turn(self) -> None:
+        """Look the name up anew before the next check, and try another of its addresses then if there is one."""
+        self._due = 0.0
+        self._addresses = self._addresses[1:] + self._addresses[:1]
 
     def address(self) -> str:
         """Return the address, "" where libpq is to find it; one that is still valid is kept.
@@ -39,14 +44,14 @@ class Resolver:
             try:
                 found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
             except OSError:
-                if not self._address:
+                if not self._addresses:
                     self._due = 0.0
                     raise
-                return self._address
-            addresses = [str(entry[4][0]) for entry in found]
-            if self._address not in addresses:
-                self._address = addresses[0]
-        return self._address
+                return self._addresses[0]
+            now = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+            kept = [address for address in self._addresses if address in now]
+            self._addresses = kept + [address for address in now if address not in kept]
+        return self._addresses[0] if self._addresses else ""
 
 
 class Prober:
@@ -78,5 +83,7 @@ class Prober:
                 result = self._probe.check(self._resolver.address())
             except OSError as error:
                 result = ProbeResult(verdict=Verdict.REFUSED, error=f"name not resolved: {error.strerror or error}")
+            if result.verdict in (Verdict.REFUSED, Verdict.TIMEOUT):
+                self._resolver.turn()
             self._hand_in(self, result)
         self._probe.close()

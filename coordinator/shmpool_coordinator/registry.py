@@ -68,6 +68,7 @@ class Registry:
         if self.is_adopted:
             self.settings = self.segment.read_settings()[1]
             self._inventory.open(self.settings)
+            self.endpoints.remember(self.settings)
         if self.settings is not None and self.is_retired:
             self._apply(self.settings, self.settings)  # it ends as it is; the file is for its successor
         else:

@@ -45,8 +45,9 @@ def endpoint_keys(conninfo: str, max_connections: int = 20) -> str:
 class CoordinatorProcess:
     """A coordinator as its own process; its log goes to a file."""
 
-    def __init__(self, config: Path, pool: str, arguments: Sequence[str] = ()) -> None:
+    def __init__(self, config: Path, pool: str, arguments: Sequence[str] = (), prefix: Sequence[str] = ()) -> None:
         self.config = config
+        self._prefix = tuple(prefix)
         self.names = Names.of(pool)
         self._arguments = tuple(arguments)
         self._log = config.with_suffix(".log")
@@ -74,7 +75,7 @@ class CoordinatorProcess:
         command = [sys.executable, "-m", "shmpool_coordinator", "run", "--config", str(self.config)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, *self._arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*self._prefix, *command, *self._arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         if is_expected_to_serve:
             wait_until(self.answers, within=END_S, what=lambda: f"coordinator ready; log: {self.log}")
@@ -118,15 +119,21 @@ class CoordinatorProcess:
 
 
 @contextmanager
-def running_coordinator(config: str | Path, pool: str, *arguments: str) -> Iterator[CoordinatorProcess]:
-    """Run a coordinator on a configuration (its text, or a file) and end it afterwards; nothing of the pool is left."""
+def running_coordinator(
+    config: str | Path, pool: str, *arguments: str, prefix: Sequence[str] = ()
+) -> Iterator[CoordinatorProcess]:
+    """Run a coordinator on a configuration (its text, or a file) and end it afterwards; nothing of the pool is left.
+
+    Args:
+        prefix: the beginning of its command line; what it runs becomes the coordinator by exec.
+    """
     with tempfile.TemporaryDirectory(prefix="coordinator-") as directory:
         if isinstance(config, str):
             path = Path(directory) / f"{pool}.toml"
             path.write_text(config)
         else:
             path = config
-        process = CoordinatorProcess(path, pool, arguments)
+        process = CoordinatorProcess(path, pool, arguments, prefix)
         try:
             yield process
         finally:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -152,17 +152,17 @@ def in_child(work: Callable[[], Any], fork: Callable[[], int] = os.fork) -> Any:
     return answer["result"]
 
 
-def run_python(program: str, *arguments: str) -> subprocess.Popen[str]:
+def run_python(program: str, *arguments: str, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
     """Start a Python program given as text; it may import the project and `tests`."""
     return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*prefix, sys.executable, "-c", program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 
 @contextmanager
-def worker(program: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def worker(program: str, *arguments: str, prefix: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
     """A Python program as a process that is gone afterwards."""
-    process = run_python(program, *arguments)
+    process = run_python(program, *arguments, prefix=prefix)
     try:
         yield process
     finally:

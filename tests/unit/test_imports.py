@@ -20,10 +20,13 @@ DRIVER_USERS = {
     "handle",
     "lease",
     "local_group",
+    "losses",
     "opening",
     "pool",
     "pool_errors",
+    "retry",
     "router",
+    "silence",
     "waiting",
 } | {
     "kept_cursor",

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmpool.layout import ENDPOINTS
-from shmpool.replication import Lag, Server, is_lag_old, is_superseded, lag_of, primary_of
+from shmpool.replication import Lag, Server, is_disputed, is_lag_old, is_superseded, lag_of, primary_of
 from shmpool.states import Admin, Role, Verdict
 from tests.support.pools import healthy, zeros
 
@@ -83,6 +83,89 @@ def test_some_primary_of_each_cluster_stays(found: list[Server]) -> None:
             assert len({s.timeline for s in left if s.timeline}) <= 1
 
 
+FIRST = PRIMARY._replace(started=100, is_settled=True)
+NEWCOMER = PRIMARY._replace(started=200)
+
+
+def test_newcomer_on_the_same_timeline_is_out() -> None:
+    """The one that was the primary before stays, also while its probes fail; the newcomer is out, seen or not."""
+    for first in (FIRST, FIRST._replace(is_seen=False)):
+        assert is_disputed(NEWCOMER, [first])
+        assert not is_disputed(first, [NEWCOMER])
+        assert not is_disputed(first, [NEWCOMER._replace(is_out=True)])
+
+
+def test_two_newcomers_are_both_out() -> None:
+    """Where neither was the primary before the other one, nobody can tell: none is used, whoever is judged first."""
+    other = NEWCOMER._replace(started=300)
+    assert is_disputed(NEWCOMER, [other])
+    assert is_disputed(other, [NEWCOMER._replace(is_out=True)])
+    both = [one._replace(is_out=True, is_settled=True) for one in (NEWCOMER, other)]
+    assert is_disputed(both[0], [both[1]])
+    assert is_disputed(both[1], [both[0]])
+
+
+def test_who_is_out_stays_out_while_the_other_one_is_down() -> None:
+    """What was written at the other one is not followed by writes here; and that one may return, as a newcomer."""
+    out = NEWCOMER._replace(is_out=True, is_settled=True)
+    assert is_disputed(out, [FIRST._replace(is_down=True)])
+    returned = FIRST._replace(started=400, is_settled=False)
+    assert is_disputed(out, [returned])
+    assert not is_disputed(returned, [out])
+
+
+def test_successor_of_a_dead_primary_may_serve() -> None:
+    """A primary that appears where the other one is down already, as with shared storage, is in; the old one is not."""
+    assert not is_disputed(NEWCOMER, [FIRST._replace(is_down=True)])
+    assert is_disputed(FIRST._replace(is_settled=False), [NEWCOMER._replace(is_settled=True)])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        FIRST._replace(role=Role.REPLICA),
+        FIRST._replace(system_identifier=8),
+        FIRST._replace(timeline=2),
+        FIRST._replace(is_ready=False),
+        FIRST._replace(started=NEWCOMER.started),
+        FIRST._replace(started=0),
+    ],
+    ids=["replica", "other cluster", "other timeline", "drained", "same server by another name", "start unknown"],
+)
+def test_what_disputes_nothing(other: Server) -> None:
+    """Only another server that is a primary of the same cluster on the same timeline, and wanted, disputes a role."""
+    assert not is_disputed(NEWCOMER, [other])
+    assert not is_disputed(NEWCOMER._replace(is_out=True), [other])
+
+
+ranked = st.builds(
+    Server,
+    st.sampled_from(Role),
+    st.just(True),
+    st.just(7),
+    st.just(1),
+    st.just(1000),
+    st.integers(0, 3),
+    is_down=st.booleans(),
+    is_ready=st.booleans(),
+    is_out=st.booleans(),
+    is_settled=st.booleans(),
+)
+
+
+@given(ranked, ranked)
+def test_of_two_rivals_at_most_one_is_admitted(one: Server, other: Server) -> None:
+    """Two rivals that are judged one after the other are not both let in, but for two that both were in before."""
+    if one.is_out is other.is_out is False and one.is_settled and other.is_settled:
+        return
+    is_rivalry = one.role is other.role is Role.PRIMARY and one.started and other.started != one.started
+    if not (is_rivalry and other.started and one.is_ready and other.is_ready and not one.is_down and not other.is_down):
+        return
+    one = one._replace(is_out=is_disputed(one, [other]))
+    other = other._replace(is_out=is_disputed(other, [one]))
+    assert one.is_out or other.is_out
+
+
 def test_primary_that_counts() -> None:
     """A replica is measured by the primary of its own cluster on the newest timeline whose position is known."""
     old, new = PRIMARY._replace(lsn=5000), PRIMARY._replace(timeline=2)
@@ -142,4 +225,5 @@ def test_lag_is_marked_old_without_a_seen_primary() -> None:
 def test_server_of_a_row(changes: dict[str, object], is_seen: bool) -> None:
     """A row tells of now only if its last probe answered, and probes are made."""
     row = zeros(ENDPOINTS, system_identifier=7, timeline=1, lsn=1000) | {"status": healthy(**changes)}
-    assert Server.of(row) == PRIMARY._replace(is_seen=is_seen)
+    is_ready = "admin_operator" not in changes
+    assert Server.of(row) == PRIMARY._replace(is_seen=is_seen, is_ready=is_ready)

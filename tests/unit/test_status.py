@@ -37,6 +37,19 @@ def endpoint(**changes: Any) -> dict[str, Any]:
     return {"endpoints": {0: row}}
 
 
+def two_primaries(*timelines: int) -> dict[str, Any]:
+    """Return the view's endpoint table with primaries of one cluster, the first of which is kept out."""
+    statuses = (healthy(verdict=Verdict.ROLE_CONFLICT), healthy())
+    known = {"since": 40.0, "probed_at": 99.0, "lag": -1.0, "system_identifier": 7}
+    rows = zip(statuses, timelines, strict=True)
+    return {
+        "endpoints": {
+            index: zeros(ENDPOINTS, **known, status=status, timeline=timeline, server_start_wall=index + 1)
+            for index, (status, timeline) in enumerate(rows)
+        }
+    }
+
+
 def busy(*slots: Any, **changes: Any) -> dict[str, Any]:
     """Return a view's parts when all three permits of group and endpoint are held, beside `slots`."""
     held = [slot_row(n, "yy", Use.ACTIVE) for n in range(3)]
@@ -102,12 +115,8 @@ def test_a_pool_at_rest_is_fine() -> None:
             "endpoint-misconfigured",
             Level.DEGRADED,
         ),
-        (
-            RUNNING,
-            endpoint(verdict=Verdict.ROLE_CONFLICT),
-            "endpoint-role-conflict",
-            Level.DEGRADED,
-        ),
+        (RUNNING, two_primaries(1, 2), "endpoint-role-conflict", Level.DEGRADED),
+        (RUNNING, two_primaries(2, 2), "endpoint-role-disputed", Level.DEGRADED),
         (RUNNING, endpoint(verdict=Verdict.FULL), "endpoint-full", Level.DEGRADED),
         (RUNNING, endpoint(admin_operator=Admin.DRAIN), "endpoint-drain", Level.DEGRADED),
         (RUNNING, endpoint(admin_config=Admin.MAINT), "endpoint-maint", Level.FINE),

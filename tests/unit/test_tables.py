@@ -44,3 +44,10 @@ def test_all_means_all(row: int) -> None:
     assert f"slots of row {row}," in text
     assert "more; --all" not in text
     assert text.count("(g0,e0)") == ROWS * PER_ROW
+
+
+def test_long_path_cuts_no_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """The listing names each pool whole, however long the paths of the configurations are."""
+    name = "a-pool-with-a-rather-long-name"
+    tables.print_pools([Report(name, Level.FINE, (), state=SegmentState.OPEN, config_file="/" + "directory/" * 20)])
+    assert name in capsys.readouterr().out

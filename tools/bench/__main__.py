@@ -16,11 +16,13 @@ from shmpool.names import Names
 from shmpool.observation import observe
 from shmpool.pool import close_all
 from tools.bench import cold, footprint, serving, warm
+from tools.bench.failover import report
 from tools.bench.rounds import ROUNDS
 from tools.pg_cluster import Cluster, Server
 
 SERVERS = {"gunicorn": serving.gunicorn, "uwsgi": serving.uwsgi}
 SECTIONS = ("warm", "cold", "import", "idle", *SERVERS)
+FAILOVER = "failover"  # takes minutes: only where it is named
 SETTLE_S = 3.0
 
 CONFIG = """
@@ -71,13 +73,23 @@ def _coordinator(primary: Server, standby: Server) -> Iterator[tuple[str, int]]:
 def main() -> None:
     """Run the sections that were asked for, unpinned and pinned to one CPU where that steadies them."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of: {', '.join(SECTIONS)} (default: all)")
+    told = f"of: {', '.join(SECTIONS)} (default: all of these), {FAILOVER}"
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=told)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="alternating rounds (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help=f"{FAILOVER}: shorter runs")
+    parser.add_argument(
+        "--pools", nargs="+", choices=report.ALL, default=report.ALL, help=f"{FAILOVER}: these alone (default: all)"
+    )
     options = parser.parse_args()
-    unknown = set(options.sections) - set(SECTIONS)
+    unknown = set(options.sections) - {*SECTIONS, FAILOVER}
     if unknown or options.rounds < 2:
-        parser.error(f"expected sections of {', '.join(SECTIONS)} and at least 2 rounds, found {' '.join(unknown)}")
+        expected = f"expected sections of {', '.join((*SECTIONS, FAILOVER))} and at least 2 rounds"
+        parser.error(f"{expected}, found {' '.join(unknown)}")
     chosen = options.sections or SECTIONS
+    if FAILOVER in chosen:
+        report.failover(options.pools, is_quick=options.quick)
+    if not {*SECTIONS} & set(chosen):
+        return
     everywhere = os.sched_getaffinity(0)
     one = {min(everywhere)}
     print(f"python {sys.version.split()[0]}, {len(everywhere)} CPUs, {options.rounds} rounds; median (quartiles)")

@@ -50,12 +50,13 @@ def configuration_for(cluster: Cluster, name: str) -> str:
 def test_configuration_is_valid_and_complete() -> None:
     """The configuration of the README is accepted without a warning."""
     (text,) = blocks("toml")
-    assert config.parse(tomllib.loads(text), "README.md").warnings() == []
+    assert config.warnings_of(config.parse(tomllib.loads(text), "README.md")) == []
 
 
 def test_application_code_runs(cluster: Cluster, pool_name: str) -> None:
     """The application code of the README works with its configuration."""
     code = next(block for block in blocks("python") if "pool.connection" in block)
+    code += next(block for block in blocks("python") if "pool.run" in block)
     with running_coordinator(configuration_for(cluster, pool_name), pool_name):
         run_python(code.replace('"web"', f'"{pool_name}"'))
 

@@ -31,7 +31,7 @@ from shmpool.observation import observe
 from shmpool.opening import REFUSED_PAUSE_S
 from shmpool.states import Health, Verdict
 from shmpool.status import EndpointReport
-from shmpool_coordinator.config import parse
+from shmpool_coordinator.config import parse, warnings_of
 from shmpool_coordinator.probe import Probe
 from tests.support.coordinator import CoordinatorProcess, endpoint_keys, pool_config, running_coordinator
 from tests.support.load import fork_worker, run_thread
@@ -644,7 +644,7 @@ def block(language: str, mark: str) -> str:
 def test_documented_configuration_is_valid() -> None:
     """The tables of the page are accepted, together and without a warning; so are the ways that it leaves out."""
     text = f"{block('toml', 'password_file')}\n{block('toml', '[access]')}"
-    assert parse(tomllib.loads(text), "page").warnings() == []
+    assert warnings_of(parse(tomllib.loads(text), "page")) == []
     others = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# password_")]
     assert len(others) == 2
     for other in others:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -26,38 +25,39 @@ from shmpool import NoEligibleEndpoint
 from shmpool.control_client import tell
 from shmpool.layout import ENDPOINTS
 from shmpool.names import Names
-from shmpool.observation import observe
-from shmpool.states import Health, Role, Verdict
-from shmpool.status import EndpointReport
+from shmpool.states import Health, Verdict
 from shmpool.words import Status
-from tests.support.coordinator import CoordinatorProcess, endpoint_keys, pool_config, running_coordinator
+from tests.support.coordinator import CoordinatorProcess
+from tests.support.endpoints import (
+    ANY,
+    FALL,
+    FAST_S,
+    INTER_S,
+    JITTER,
+    LATE_DOWN_S,
+    PROBE,
+    REFUSED_DOWN_S,
+    SILENT_DOWN_S,
+    SLACK_S,
+    TIMEOUT_S,
+    UP_S,
+    WATCHER,
+    WRITE,
+    after_probes,
+    coordinating,
+    endpoint,
+    findings,
+    is_in,
+    killed,
+    probes_of,
+    seconds_until,
+    stopped,
+)
 from tests.support.postgres import frozen
 from tests.support.relay import Relay
 from tests.support.waiting import wait_until
-from tests.support.workers import is_ready, is_whole, one_value, pool_of, read_line, worker
-from tools.pg_cluster import Cluster, Server, children_of
-
-INTER_S: Final = 0.1
-FAST_S: Final = 0.05
-TIMEOUT_S: Final = 0.3
-RISE, FALL = 2, 3
-JITTER: Final = 1.1
-SLACK_S: Final = 1.0
-PROBE: Final = (
-    f'[probe]\ninter = "{INTER_S}s"\nfastinter = "{FAST_S}s"\ndowninter = "{INTER_S}s"\n'
-    f'timeout = "{TIMEOUT_S}s"\nrise = {RISE}\nfall = {FALL}'
-)
-WATCHER: Final = "watcher"  # the coordinator's own user
-ANY: Final = {"any": 'connections = 8\ntarget = "any"\nautocommit = true\ntimeout = "5s"'}
-WRITE: Final = {"write": 'connections = 8\ntarget = "primary"\nautocommit = true\ntimeout = "5s"'}
-
-# A probe begins within INTER_S of the fault; FALL of them fail, each at once or after its timeout, FAST_S apart.
-REFUSED_DOWN_S: Final = JITTER * (INTER_S + (FALL - 1) * FAST_S)
-SILENT_DOWN_S: Final = REFUSED_DOWN_S + FALL * TIMEOUT_S
-# Where each byte is late, connect and query may take the timeout each, and the first probe may just have begun.
-LATE_DOWN_S: Final = REFUSED_DOWN_S + (FALL + 1) * 2 * TIMEOUT_S
-# A probe may be on its way when the cure comes; RISE good ones follow.
-UP_S: Final = 2 * TIMEOUT_S + JITTER * (INTER_S + (RISE - 1) * FAST_S)
+from tests.support.workers import is_whole, one_value, pool_of, read_line, worker
+from tools.pg_cluster import Cluster, Server
 
 
 @pytest.fixture(scope="module")
@@ -83,92 +83,7 @@ def coordinator(pool_name: str, victim: Server, relay: Relay) -> Iterator[Coordi
         yield process
 
 
-@contextmanager
-def coordinating(
-    pool: str, ports: dict[str, int], groups: dict[str, str], probe: str = PROBE, extra: str = ""
-) -> Iterator[CoordinatorProcess]:
-    """Run a coordinator that has found every endpoint UP; nobody starts another one."""
-    endpoints = {name: endpoint_keys(conninfo(port)) for name, port in ports.items()}
-    coordination = f"[coordinator]\nautostart = false\n{extra}"
-    with running_coordinator(pool_config(pool, endpoints, groups, f"{coordination}\n{probe}"), pool) as process:
-        wait_until(lambda: is_ready(pool), within=10, what=lambda: process.log)
-        yield process
-
-
-def conninfo(port: int) -> str:
-    """Return how workers and coordinator reach a server, or a relay."""
-    return f"host=127.0.0.1 port={port} user=postgres dbname=postgres connect_timeout=2"
-
-
-def endpoint(pool: str, name: str) -> EndpointReport:
-    """Return how an endpoint is."""
-    return next(e for e in observe(Names.of(pool)).endpoints if e.name == name)
-
-
-def seconds_until(condition: Callable[[], object], within: float, coordinator: CoordinatorProcess) -> float:
-    """Return how long it took until a condition was true, at most `within` and the slack."""
-    began = time.monotonic()
-    wait_until(condition, within=within + SLACK_S, every=0.005, what=lambda: coordinator.log)
-    return time.monotonic() - began
-
-
-def is_in(pool: str, name: str, health: Health) -> Callable[[], bool]:
-    """Return the question whether an endpoint is in a health."""
-    return lambda: endpoint(pool, name).health is health
-
-
-def probes_of(coordinator: CoordinatorProcess, index: int = 0) -> int:
-    """Return how often an endpoint was probed."""
-    segment = coordinator.attach()
-    try:
-        return int(segment.words[segment.layout.at(ENDPOINTS, index, "probes")])
-    finally:
-        segment.release()
-
-
-def after_probes(coordinator: CoordinatorProcess, count: int) -> None:
-    """Wait until the first endpoint was probed so many times more."""
-    before = probes_of(coordinator)
-    wait_until(lambda: probes_of(coordinator) >= before + count, within=10, what=lambda: coordinator.log)
-
-
-def findings(pool: str) -> dict[str, str]:
-    """Return what status finds, by code."""
-    return {finding.code: str(finding) for finding in observe(Names.of(pool)).findings}
-
-
 # -- a server, or the way to it, that fails
-
-
-@contextmanager
-def stopped(server: Server) -> Iterator[None]:
-    """Stop a server in the usual way, and start it again."""
-    server.stop("fast")
-    try:
-        yield
-    finally:
-        server.start()
-
-
-@contextmanager
-def killed(server: Server) -> Iterator[None]:
-    """Kill the postmaster alone; its children see that and go."""
-    assert server.pid is not None
-    children = children_of(server.pid)
-    os.kill(server.pid, signal.SIGKILL)
-    try:
-        yield
-    finally:
-        wait_until(lambda: not server.is_running)
-        wait_until(lambda: not any(map(_lives, children)))
-        server.start()
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 Fault = Callable[[Server, Relay], AbstractContextManager[None]]
@@ -317,23 +232,16 @@ def test_full_server_is_up(victim: Server, pool_name: str) -> None:
 
 def test_recovery(victim: Server, pool_name: str, coordinator: CoordinatorProcess) -> None:
     """A server that starts in recovery (57P03) is DOWN as starting, and UP soon after it takes connections."""
-
-    def put(name: str) -> None:
-        file = victim.data / name
-        file.touch()
-        owner = victim.data.stat()
-        os.chown(file, owner.st_uid, owner.st_gid)
-
     victim.execute("ALTER SYSTEM SET hot_standby = off")
     victim.stop()
-    put("standby.signal")
+    victim.put("standby.signal")
     starting = threading.Thread(target=victim.start)
     starting.start()
     try:
         wait_until(lambda: endpoint(pool_name, "pg1").verdict is Verdict.STARTING, what=lambda: coordinator.log)
         assert endpoint(pool_name, "pg1").health is Health.DOWN
         assert victim.pid is not None
-        put("promote")
+        victim.put("promote")
     finally:
         while starting.is_alive():
             if victim.pid is not None:
@@ -554,63 +462,3 @@ def test_news_of_a_killed_server(victim: Server, cluster: Cluster, pool_name: st
     assert known - first < 0.25, f"DOWN {known - first:.3f} s after the first error"
     assert statistics.median(last) < 0.1
     assert sum(map(len, errors)) <= held, f"{errors} with {held} connections"
-
-
-# -- roles
-
-
-def test_roles_change_hands(pool_name: str) -> None:
-    """A promotion shows on the first probe; of two primaries the newer timeline wins; the old one returns."""
-    with Cluster(standbys=1) as pair:
-        old, new = pair.primary, pair.standbys[0]
-        with (
-            coordinating(pool_name, {"pg1": old.port, "pg2": new.port}, WRITE) as coordinator,
-            pool_of(pool_name) as pool,
-        ):
-            with pool.connection("write") as conn:
-                assert one_value(conn, "SELECT inet_server_port()") == old.port
-            new.promote()
-            known_s = seconds_until(
-                lambda: endpoint(pool_name, "pg2").role is Role.PRIMARY, JITTER * INTER_S, coordinator
-            )
-            assert endpoint(pool_name, "pg1").verdict is Verdict.ROLE_CONFLICT, "without a probe of its own"
-            assert "endpoint-role-conflict" in findings(pool_name)
-            for _ in range(3):
-                conns = [pool.checkout("write") for _ in range(3)]
-                ports = {one_value(conn, "SELECT inet_server_port()") for conn in conns}
-                for conn in conns:
-                    conn.close()
-                assert ports == {new.port}, "the older timeline gets no write"
-            old.stop()
-            shutil.rmtree(old.data)
-            returned = new.standby("returned")
-            returned.port = old.port
-            returned.start()
-            try:
-                back_s = seconds_until(
-                    lambda: (
-                        (endpoint(pool_name, "pg1").health, endpoint(pool_name, "pg1").role)
-                        == (Health.UP, Role.REPLICA)
-                    ),
-                    UP_S,
-                    coordinator,
-                )
-                assert endpoint(pool_name, "pg1").verdict is Verdict.OK
-                with pool.connection("write") as conn:
-                    assert one_value(conn, "SELECT inet_server_port()") == new.port
-            finally:
-                returned.kill()
-    print(
-        f"\npromotion, and the conflict with it, known after {known_s:.3f} s; old primary back as a standby after "
-        f"{back_s:.3f} s"
-    )
-
-
-def test_independent_writers(victim: Server, cluster: Cluster, pool_name: str) -> None:
-    """Two primaries of different systems are two writers: no conflict, both get connections."""
-    with coordinating(pool_name, {"pg1": victim.port, "pg2": cluster.primary.port}, WRITE) as coordinator:
-        after_probes(coordinator, 2)
-        assert [endpoint(pool_name, name).verdict for name in ("pg1", "pg2")] == [Verdict.OK, Verdict.OK]
-        with pool_of(pool_name) as pool, pool.connection("write") as one, pool.connection("write") as other:
-            ports = {one_value(conn, "SELECT inet_server_port()") for conn in (one, other)}
-        assert ports == {victim.port, cluster.primary.port}

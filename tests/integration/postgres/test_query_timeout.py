@@ -18,7 +18,7 @@ import pytest
 from psycopg2.extensions import connection as plain_connection
 from psycopg2.extras import DictConnection, NamedTupleCursor, RealDictCursor
 
-from shmpool import Connection, Handle, Pool, QueryTimeout, attachment
+from shmpool import Connection, Handle, Pool, QueryTimeout, TransactionOutcomeUnknown, attachment
 from shmpool.bounded import BoundedConnection, BoundedCursor
 from shmpool.names import Names
 from shmpool.observation import observe
@@ -183,7 +183,10 @@ WAYS = [fetch_named, iterate_named, commit, leave_block, execute_many, copy_out,
 
 
 def test_every_way_to_wait_is_bounded(pool: Pool, server: Server) -> None:
-    """Whatever waits for a frozen server is freed in time, with the same error, and the checkin does not wait."""
+    """Whatever waits for a frozen server is freed in time, and the checkin does not wait.
+
+    The error is the same for all, but a commit says that its outcome is unknown.
+    """
     handles = [pool.checkout("tx") for _ in WAYS]
     waits = [way(handle) for way, handle in zip(WAYS, handles, strict=True)]
     seen: dict[str, tuple[type, bool, bool]] = {}
@@ -208,7 +211,20 @@ def test_every_way_to_wait_is_bounded(pool: Pool, server: Server) -> None:
             thread.start()
         for thread in threads:
             thread.join(10)
-        assert seen == {way.__name__: (QueryTimeout, True, True) for way in WAYS}
+        ending = (commit, leave_block)
+        told = {way: TransactionOutcomeUnknown if way in ending else QueryTimeout for way in WAYS}
+        assert seen == {way.__name__: (told[way], True, True) for way in WAYS}
+
+
+def test_cut_commit_names_its_reason(pool: Pool, server: Server) -> None:
+    """Nobody knows what becomes of a commit that was cut; why it was, and the driver's error, are in the chain."""
+    handle = pool.checkout("tx")
+    execute(handle)
+    with frozen(server), pytest.raises(TransactionOutcomeUnknown, match="no answer within query_timeout") as caught:
+        handle.commit()
+    pool.checkin(handle)
+    assert isinstance(caught.value.__cause__, QueryTimeout)
+    assert type(caught.value.__cause__.__cause__) is psycopg2.OperationalError
 
 
 def test_checkin_on_a_frozen_server_is_bounded(pool: Pool, server: Server) -> None:

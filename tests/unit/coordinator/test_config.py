@@ -19,10 +19,12 @@ from shmpool_coordinator.config import (
     Endpoint,
     Group,
     MaxLag,
+    describe,
     duration_text,
     find,
     load,
     parse,
+    warnings_of,
 )
 from shmpool_coordinator.probe import parse_conninfo
 
@@ -104,7 +106,7 @@ def test_sample_shows_the_defaults() -> None:
 
 def test_sample_has_no_warnings() -> None:
     """The sample can be taken as a start without being scolded."""
-    assert load(SAMPLE).warnings() == []
+    assert warnings_of(load(SAMPLE)) == []
 
 
 @pytest.mark.parametrize(
@@ -323,17 +325,96 @@ def test_unparsable_conninfo_shows_the_reason() -> None:
     assert 'invalid connection option "hst"' in only_finding(with_endpoint(conninfo="hst=a"))
 
 
-def test_several_hosts_show_the_tables_to_write() -> None:
-    """A conninfo with several hosts is answered with one table for each, without secrets."""
-    (finding,) = findings(with_endpoint(conninfo="host=a,b port=1,2 dbname=app"))
-    assert finding.splitlines()[0] == (
-        "endpoints.pg1.conninfo: found 2 hosts, expected one; write a table for each, with its own max_connections:"
+@pytest.mark.parametrize(
+    ("conninfo", "tables"),
+    [
+        ("host=a,b port=1,2 dbname=app", ({"host": "a", "port": "1"}, {"host": "b", "port": "2"})),
+        ("host=a,b port=1 dbname=app", ({"host": "a", "port": "1"}, {"host": "b", "port": "1"})),
+        ("host=a port=1,2 dbname=app", ({"host": "a", "port": "1"}, {"host": "a", "port": "2"})),
+        ("hostaddr=::1,::2 dbname=app", ({"hostaddr": "::1"}, {"hostaddr": "::2"})),
+        (
+            "host=a,b hostaddr=::1,::2 port=1,2 dbname=app",
+            ({"host": "a", "hostaddr": "::1", "port": "1"}, {"host": "b", "hostaddr": "::2", "port": "2"}),
+        ),
+        ("postgresql://a:1,b:2/app", ({"host": "a", "port": "1"}, {"host": "b", "port": "2"})),
+        ("postgresql://u@[::1],b:2/app", ({"host": "::1", "user": "u"}, {"host": "b", "port": "2", "user": "u"})),
+    ],
+)
+def test_several_hosts_show_the_tables_to_write(conninfo: str, tables: tuple[dict[str, str], ...]) -> None:
+    """A conninfo with several hosts is answered with one table for each, which together are a valid configuration."""
+    (finding,) = findings(with_endpoint(conninfo=conninfo))
+    asked = "expected one; write a table for each, with a max_connections of its own:"
+    assert finding.splitlines()[0] == f"endpoints.pg1.conninfo: found 2 hosts, {asked}"
+    written = tomllib.loads("\n".join(finding.splitlines()[1:]))["endpoints"]
+    told = {name: parse_conninfo(table["conninfo"]) for name, table in written.items()}
+    assert told == {name: {"dbname": "app"} | table for name, table in zip(("pg1", "pg1-2"), tables, strict=True)}
+    assert findings(raw_config(endpoints=written)) == ()
+
+
+def test_several_hosts_and_further_errors() -> None:
+    """What else is wrong is told beside it, a secret is not repeated, and lists that do not fit get no tables."""
+    raw = with_endpoint(conninfo="host=a,b password=geheim target_session_attrs=any load_balance_hosts=random")
+    told = findings(raw)
+    assert len(told) == 4
+    assert "geheim" not in "".join(told)
+    (tables,) = (finding for finding in told if "[endpoints.pg1-2]" in finding)
+    assert "target_session" not in tables
+    assert "load_balance" not in tables
+    assert only_finding(with_endpoint(conninfo="host=a,b port=1,2,3")) == (
+        "endpoints.pg1.conninfo: found several hosts (2 in `host` and 3 in `port`, which do not belong together),"
+        " expected one host and one port"
     )
-    tables = tomllib.loads("\n".join(finding.splitlines()[1:]))["endpoints"]
-    assert {name: parse_conninfo(table["conninfo"]) for name, table in tables.items()} == {
-        "pg1": {"host": "a", "port": "1", "dbname": "app"},
-        "pg1-2": {"host": "b", "port": "2", "dbname": "app"},
+
+
+def test_a_service_with_several_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service file is looked into; what the conninfo says itself counts, and the file's secrets are not shown."""
+    file = tmp_path / "pg_service.conf"
+    file.write_text("# services\n[one]\nhost=a\n[both]\nhost=a,b\nport=1,2\npassword=geheim\n[last]\nhost=c,d\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(file))
+    assert findings(with_endpoint(conninfo="service=one")) == ()
+    assert findings(with_endpoint(conninfo="service=unknown")) == ()
+    assert findings(with_endpoint(conninfo="service=both host=c port=3")) == ()
+    finding = only_finding(with_endpoint(conninfo="service=both dbname=app"))
+    assert "found 2 hosts, in the service both" in finding
+    assert "geheim" not in finding
+    written = tomllib.loads("\n".join(finding.splitlines()[1:]))["endpoints"]
+    assert [parse_conninfo(table["conninfo"]) for table in written.values()] == [
+        {"service": "both", "dbname": "app", "host": "a", "port": "1"},
+        {"service": "both", "dbname": "app", "host": "b", "port": "2"},
+    ]
+    monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "missing"))
+    monkeypatch.setenv("PGSYSCONFDIR", str(tmp_path))
+    assert "found 2 hosts" in only_finding(with_endpoint(conninfo="service=last"))
+
+
+def test_load_balance_hosts() -> None:
+    """It belongs to a name of several servers; elsewhere the group's policy does it."""
+    keywords = "host=h load_balance_hosts=random"
+    assert "`policy`" in only_finding(with_endpoint(conninfo=keywords))
+    assert findings(with_endpoint(conninfo=keywords, address="service")) == ()
+    assert "`policy`" in only_finding(with_group(conninfo="load_balance_hosts=random"))
+
+
+def test_warnings_about_poolers_and_names() -> None:
+    """What a pooler refuses, forgets or passes on, and what a name of several servers has not, is told."""
+    endpoints = {
+        "bouncer": {"conninfo": "host=h options=-cwork_mem=1MB", "max_connections": 10, "via": "pooler"},
+        "name": {"conninfo": "host=h", "max_connections": 10, "address": "service"},
     }
+    groups = {
+        "a": {"connections": 1, "endpoints": ["bouncer"], "statement_timeout": "1s", "readonly": True},
+        "b": {"connections": 1, "endpoints": ["bouncer"], "autocommit": False, "readonly": True},
+        "c": {"connections": 1, "endpoints": ["bouncer"], "conninfo": "options=-cwork_mem=1MB"},
+        "d": {"connections": 1, "endpoints": ["name"], "statement_timeout": "1s", "max_lag": "1s"},
+    }
+    told = warnings_of(parse(raw_config(endpoints=endpoints, groups=groups), ""))
+    assert [warning.split(": ")[0] for warning in told] == [
+        "endpoints.bouncer.conninfo",
+        "groups.a",
+        "groups.c.conninfo",
+        "groups.d.max_lag",
+    ]
+    assert "statement_timeout, readonly behind bouncer" in told[1]
 
 
 @pytest.mark.parametrize("key", ["host", "hostaddr", "port", "service"])
@@ -424,7 +505,7 @@ def test_warnings() -> None:
             "other": {"connections": 1},
         },
     )
-    keys = [warning.split(":")[0] for warning in parse(raw, "").warnings()]
+    keys = [warning.split(":")[0] for warning in warnings_of(parse(raw, ""))]
     assert keys == [
         "probe.fastinter",
         "groups.big.connections",
@@ -437,12 +518,12 @@ def test_warnings() -> None:
 def test_groups_may_share_more_than_an_endpoint_allows() -> None:
     """Caps of groups that add up to more than the endpoint's are the point of sharing."""
     two = {"a": {"connections": 10}, "b": {"connections": 10}}
-    assert parse(raw_config(groups=two), "").warnings() == []
+    assert warnings_of(parse(raw_config(groups=two), "")) == []
 
 
 def test_description() -> None:
     """The description has every endpoint and group with its effective values."""
-    text = load(SAMPLE).describe()
+    text = describe(load(SAMPLE))
     assert "endpoint pg1: at most 60 connections of the groups and 2 sessions of the coordin" in text
     assert "tcp_user_timeout=30000" in text
     assert "group write: at most 10 connections, target primary, on pg1\n  autocommit=false" in text

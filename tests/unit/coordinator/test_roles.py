@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shmpool.replication import Lag
-from shmpool.states import Health, Role, Verdict
+from shmpool.states import Admin, Health, Role, Verdict
 from shmpool_coordinator.daemon import Daemon
 from shmpool_coordinator.health import EndpointHealth, ProbeResult
 from tests.support.desk import close_desk, config_of, open_desk
@@ -27,6 +27,7 @@ def daemon(pool_name: str) -> Iterator[Daemon]:
 def see(daemon: Daemon, index: int, role: Role, **changes: Any) -> None:
     """Hand in the result of a probe that was answered."""
     values = {"timeline": 1, "system_identifier": 7, "lsn": 1000, "server_version": 170000} | changes
+    values.setdefault("started_at", index + 1.0)
     daemon.lookout.advance(index, ProbeResult(verdict=Verdict.OK, role=role, **values))
 
 
@@ -92,6 +93,79 @@ def test_endpoint_that_is_being_removed_supersedes_nobody(daemon: Daemon, pool_n
     assert verdicts(daemon)[0] is Verdict.OK
 
 
+def test_first_primary_of_a_timeline_stays(daemon: Daemon, caplog: pytest.LogCaptureFixture) -> None:
+    """A second primary on the same timeline is out from its first probe, with a word in the log, and stays so."""
+    see(daemon, 1, Role.REPLICA)
+    for _ in range(2):
+        see(daemon, 0, Role.PRIMARY)
+    see(daemon, 1, Role.PRIMARY)
+    assert verdicts(daemon) == [Verdict.OK, Verdict.ROLE_CONFLICT]
+    assert (
+        "endpoint pg2: UP, primary, role_conflict (another primary of its cluster is on timeline 1, too" in caplog.text
+    )
+    for _ in range(2):
+        see(daemon, 1, Role.PRIMARY)
+        see(daemon, 0, Role.PRIMARY)
+    assert verdicts(daemon) == [Verdict.OK, Verdict.ROLE_CONFLICT]
+    see(daemon, 0, Role.REPLICA)
+    assert verdicts(daemon) == [Verdict.OK, Verdict.OK]
+
+
+def test_neither_of_two_primaries_that_nobody_knew_is_used(daemon: Daemon) -> None:
+    """Where the first look finds two on one timeline both are out, until an administrator takes one of them away."""
+    see(daemon, 1, Role.PRIMARY)
+    see(daemon, 0, Role.PRIMARY)
+    assert verdicts(daemon) == [Verdict.ROLE_CONFLICT, Verdict.ROLE_CONFLICT]
+    for index in (0, 1, 0, 1):
+        see(daemon, index, Role.PRIMARY)
+    assert verdicts(daemon) == [Verdict.ROLE_CONFLICT, Verdict.ROLE_CONFLICT]
+    assert daemon.registry.endpoints.usable()[0] == frozenset()
+    daemon.registry.endpoints.set_operator_wish("pg2", Admin.DRAIN)
+    see(daemon, 0, Role.PRIMARY)
+    assert verdicts(daemon)[0] is Verdict.OK
+
+
+def test_newcomer_does_not_take_over_while_the_first_is_down(daemon: Daemon) -> None:
+    """The first primary restarts: the newcomer stays out meanwhile, and the first serves again."""
+    for _ in range(2):
+        see(daemon, 0, Role.PRIMARY)
+    for _ in range(2):
+        see(daemon, 1, Role.PRIMARY)
+    fail(daemon, 0, times=3)
+    see(daemon, 1, Role.PRIMARY)
+    assert verdicts(daemon) == [Verdict.TIMEOUT, Verdict.ROLE_CONFLICT]
+    for _ in range(3):
+        see(daemon, 0, Role.PRIMARY, started_at=9.0)
+    assert daemon.registry.endpoints.status(0).health is Health.UP
+    assert verdicts(daemon) == [Verdict.OK, Verdict.ROLE_CONFLICT]
+
+
+def test_one_server_with_two_names_disputes_nothing(daemon: Daemon) -> None:
+    """Two ways to the same server are both used, also after it was restarted."""
+    for started in (1.0, 2.0):
+        for index in (0, 1, 0):
+            see(daemon, index, Role.PRIMARY, started_at=started)
+        assert verdicts(daemon) == [Verdict.OK, Verdict.OK]
+
+
+def test_successor_remembers_which_primary_was_first(pool_name: str) -> None:
+    """A coordinator that adopts the segment keeps to the primary that served, whichever it probes first."""
+    up = EndpointHealth(health=Health.UP, role=Role.PRIMARY, verdict=Verdict.OK)
+    answers = [
+        ProbeResult(verdict=Verdict.OK, timeline=1, system_identifier=7, started_at=started) for started in (1.0, 2.0)
+    ]
+    first = open_desk(config_of(pool_name, endpoints=ENDPOINTS))
+    for index in (0, 0, 1):
+        first.endpoints.record_probe(index, up, answers[index])
+    close_desk(first, unlink=False)
+    for order in ((0, 1), (1, 0)):
+        second = open_desk(config_of(pool_name, endpoints=ENDPOINTS))
+        for index in order:
+            second.endpoints.record_probe(index, up, answers[index])
+        assert [second.endpoints.status(index).verdict for index in (0, 1)] == [Verdict.OK, Verdict.ROLE_CONFLICT]
+        close_desk(second, unlink=order == (1, 0))
+
+
 def test_independent_writers_are_both_eligible(daemon: Daemon) -> None:
     """Primaries of different clusters do not compete, whatever their timelines."""
     see(daemon, 0, Role.PRIMARY)
@@ -141,3 +215,17 @@ def test_server_that_does_not_tell_positions_has_no_lag(daemon: Daemon) -> None:
     see(daemon, 0, Role.PRIMARY)
     see(daemon, 1, Role.REPLICA, lsn=None, system_identifier=None, timeline=None)
     assert daemon.registry.endpoints.lag(1).seconds is None
+
+
+def test_a_name_of_several_servers_is_nobodys_primary(pool_name: str) -> None:
+    """A replica beside such a name is as late as it says itself: no primary is waited for that could tell better."""
+    plain = config_of(pool_name, endpoints=ENDPOINTS)
+    name = plain.endpoints["pg2"].model_copy(update={"address": "service"})
+    daemon = Daemon(plain.model_copy(update={"endpoints": {**plain.endpoints, "pg2": name}}))
+    try:
+        see(daemon, 1, Role.UNKNOWN, timeline=None, system_identifier=None, lsn=None)
+        see(daemon, 0, Role.REPLICA, lag_s=3.0, lag_bytes=5)
+        assert daemon.registry.endpoints.lag(0) == Lag(5, 3.0)
+        assert verdicts(daemon) == [Verdict.OK, Verdict.OK]
+    finally:
+        daemon._end()

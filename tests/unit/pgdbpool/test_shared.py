@@ -11,7 +11,7 @@ from shmpool.names import Names
 from shmpool.pgdbpool import Connection, DBConfigurationError, DBConnectionError, UnconfiguredGroupError
 from shmpool.pgdbpool.configuration import parse
 from shmpool.pgdbpool.shared import SharedPool, translate
-from shmpool_coordinator.config import Config
+from shmpool_coordinator.config import Config, warnings_of
 from shmpool_coordinator.origin import parse_document
 from shmpool_coordinator.probe import parse_conninfo
 from tests.support.pgdbpool import config_of, entry, forgotten
@@ -68,7 +68,7 @@ def test_every_key_has_its_place() -> None:
     assert made.limits.slots_per_worker == 43
     assert made.coordinator.linger == 4
     assert made.probe.downinter == 1
-    assert not made.warnings()
+    assert not warnings_of(made)
 
 
 def test_passwords_stay_out_of_the_configuration() -> None:
