@@ -128,6 +128,7 @@ class Stage:
 def stage(pool_name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     """A pool without waits, without threads of its own, and with the driver replaced."""
     monkeypatch.setattr(attachment, "Background", Silent)
+    monkeypatch.setattr(attachment, "_forking_pid", 0)  # whatever other tests did in this process
     monkeypatch.setattr(semaphores, "SLICE_S", 0.0)
     for module, pause in (
         (local_group, "SLICE_S"),
