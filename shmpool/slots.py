@@ -547,6 +547,7 @@ class SlotTable:
         queued: Callable[[], int] = lambda: 0,
         leave: Callable[[], int] = lambda: 0,
         stand_aside: Callable[[float], object] = time.sleep,
+        tell: Callable[[], None] = lambda: None,
     ) -> bool:
         """Claim, sleeping on the group's bells in slices, until granted, `deadline` or `is_done()`.
 
@@ -559,6 +560,7 @@ class SlotTable:
             queued: how many threads wait behind this one, for status.
             leave: as of `claim`, asked before each.  A ring that tells of permits for others is passed on, once.
             stand_aside: sleeps for so many seconds, but not on the bell: others are to hear it.
+            tell: called once this thread is seen to wait.
         """
         detail = token.detail_at
         kept = leave()
@@ -567,7 +569,7 @@ class SlotTable:
             return True
         self.times[detail + SINCE] = monotonic()
         slices = 0
-        waits_for_endpoint = has_passed_on = False
+        waits_for_endpoint = has_passed_on = is_told = False
         try:
             while outcome is not Outcome.GRANTED:
                 remaining = deadline - monotonic()
@@ -576,6 +578,9 @@ class SlotTable:
                 waits_for_endpoint = outcome is Outcome.ENDPOINTS_BUSY
                 self.words[detail + QUEUED] = queued()
                 self.words[token.use_at] = UseWord(Use.WAITING, group.index, waits_for_endpoint).word()
+                if not is_told:  # after the word: who is told looks for it at once
+                    is_told = True
+                    tell()
                 has_rung = sleep_on(group.endpoint_bell if waits_for_endpoint else group.bell, remaining)
                 if not waits_for_endpoint:
                     kept = leave()

@@ -66,8 +66,10 @@ class WarmUp:
         attachment = group.attachment
         if heartbeat_age(attachment.segment) > attachment.settings.stale_after or _is_waited_for(group):
             return False
+        attempt = Attempt()
+        attempt.has_tried = True  # what is DOWN is for those who need it
         try:
-            lease = group.try_open(Attempt(), now, may_wait=False)
+            lease = group.try_open(attempt, now, may_wait=False)
         except Exception as error:  # noqa: BLE001  the application's on_connect, too, must not end the thread
             self._tell(group, error)
             return False

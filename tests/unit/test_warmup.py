@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from shmpool import warmup
+from shmpool.router import Attempt
 from shmpool.warmup import PACE_S, PAUSE_MAX_S, START_S, WarmUp
 
 
@@ -27,8 +28,10 @@ class Group:
             may_open_ahead=lambda: True, segment=None, settings=SimpleNamespace(stale_after=5.0)
         )
 
-    def try_open(self, *_: object, **__: object) -> object:
-        """Open, fail, or raise."""
+    def try_open(self, attempt: Attempt, deadline: float, *, may_wait: bool) -> object:
+        """Open, fail, or raise; never wait, and leave alone what is DOWN."""
+        assert attempt.has_tried
+        assert not may_wait
         outcome = self.outcomes.pop(0) if self.outcomes else None
         if isinstance(outcome, Exception):
             raise outcome
