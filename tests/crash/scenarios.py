@@ -138,8 +138,14 @@ def wait_beside_a_reserve(host: Host, table: SlotTable) -> Operation:
 
     def operation() -> None:
         token = table.take(host.groups["write"])
-        beside = {"leave": lambda: 1, "stand_aside": lambda seconds: None}
-        assert not table.wait(token, host.groups["write"], host.route, deadline=now() + 4.5, **beside)
+        assert not table.wait(
+            token,
+            host.groups["write"],
+            host.route,
+            deadline=now() + 4.5,
+            leave=lambda: 1,
+            stand_aside=lambda seconds: None,
+        )
         table.put_back(token)
 
     return operation

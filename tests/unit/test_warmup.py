@@ -83,7 +83,8 @@ def test_pauses_grow_while_nothing_comes_of_it(clock: Any, caplog: pytest.LogCap
 
 def test_turn_is_another_worker_s(clock: Any) -> None:
     """Nobody opens ahead of need within the pace of any other open on the host; the pauses do not grow."""
-    group, warm = Group("a"), WarmUp()
+    group: Any = Group("a")
+    warm = WarmUp()
     looks(clock, group, warm, 1)
     clock.last_open = clock.now
     assert warm.look(group) == PACE_S
@@ -95,7 +96,8 @@ def test_turn_is_another_worker_s(clock: Any) -> None:
 
 def test_nothing_without_a_coordinator(clock: Any) -> None:
     """While nobody looks after the endpoints, nothing is opened that nobody asked for."""
-    group, warm = Group("a"), WarmUp()
+    group: Any = Group("a")
+    warm = WarmUp()
     clock.heartbeat_age = 6.0
     looks(clock, group, warm, 3)
     assert group.idle == []
@@ -103,7 +105,8 @@ def test_nothing_without_a_coordinator(clock: Any) -> None:
 
 def test_process_that_keeps_nothing_opens_nothing(clock: Any) -> None:
     """A master, and a group that was replaced, open nothing."""
-    group, warm = Group("a"), WarmUp()
+    group: Any = Group("a")
+    warm = WarmUp()
     clock.now += 10
     group.attachment.may_open_ahead = lambda: False
     assert looks(clock, group, warm, 1) == [PAUSE_MAX_S]
