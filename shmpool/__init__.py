@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shmpool.pool_errors import PoolTimeout as PoolTimeout
     from shmpool.pool_errors import PositionNotReached as PositionNotReached
     from shmpool.pool_errors import QueryTimeout as QueryTimeout
+    from shmpool.pool_errors import TooManyWaiting as TooManyWaiting
     from shmpool.pool_errors import TransactionOutcomeUnknown as TransactionOutcomeUnknown
     from shmpool.pool_errors import UnknownGroup as UnknownGroup
     from shmpool.pool_errors import WouldBlockEventLoop as WouldBlockEventLoop
@@ -42,6 +43,7 @@ _HOMES: Final = {
     "PoolTimeout": "shmpool.pool_errors",
     "PositionNotReached": "shmpool.pool_errors",
     "QueryTimeout": "shmpool.pool_errors",
+    "TooManyWaiting": "shmpool.pool_errors",
     "TransactionOutcomeUnknown": "shmpool.pool_errors",
     "UnknownGroup": "shmpool.pool_errors",
     "WouldBlockEventLoop": "shmpool.pool_errors",

@@ -52,6 +52,7 @@ _paused: list[Attachment] = []  # their background threads stopped for a fork
 _locks: dict[int, threading.RLock] = {}
 _server = NO_SERVER
 _has_threads = True
+_forking_pid = 0  # of a process that has forked
 _passing_pid = 0  # of a process that attaches only on its way to a fork
 _has_own_coordinator = False  # the application server
 _told: set[Names] = set()  # pools that this process was seen to use on its way to a fork
@@ -129,8 +130,8 @@ class Resting(Protocol):
     def rest(self) -> int:
         """Give them all back; return how many there were."""
 
-    def look_after_idle(self) -> None:
-        """Give back those that are recalled, too old or dead."""
+    def look_after_idle(self) -> float:
+        """Give back those that are recalled, too old or dead; return the seconds until it is to look again."""
 
     def start_coordinator(self) -> None:
         """Start one, where that is wanted: none has answered for a while."""
@@ -305,9 +306,8 @@ class Attachment:
     def _passwords(self) -> list[Mapping[str, str]]:
         return [passwords for user in list(self.users) if (passwords := user.read_passwords())]
 
-    def _look(self) -> None:
-        for user in list(self.users):
-            user.look_after_idle()
+    def _look(self) -> float:
+        return min((user.look_after_idle() for user in list(self.users)), default=float("inf"))
 
     def _seek_coordinator(self) -> None:
         if not self.settings.autostart or is_coordinated(self.names):
@@ -325,6 +325,10 @@ class Attachment:
         """Tell the coordinator that an endpoint did not serve."""
         if self._background is not None:
             self._background.say("evidence", endpoint=endpoint, error=error[:_EVIDENCE_CHARS])
+
+    def may_open_ahead(self) -> bool:
+        """Whether connections opened ahead of need stay with this process: not a master, which forks."""
+        return not self.keeps_nothing and self.pid != _forking_pid
 
     def say_served(self, endpoint: int, role: Role) -> None:
         """Tell the coordinator that an endpoint took a connection that was tried against its advice."""
@@ -464,6 +468,8 @@ def do_rounds() -> None:
 
 def _before_fork() -> None:
     """Runs in the parent, before every fork."""
+    global _forking_pid
+    _forking_pid = os.getpid()
     for attachment in attached():
         if attachment.stop_background():
             _paused.append(attachment)

@@ -25,6 +25,7 @@ from shmpool.frames import FrameError, Frames, encode
 from shmpool.names import Names
 
 SWEEP_S: Final = 5.0  # between looks at idle connections when nothing is asked for
+FIRST_LOOK_S: Final = 1.0
 CONNECT_TIMEOUT_S: Final = 1.0
 RETRY_MIN_S: Final = 0.2
 RETRY_MAX_S: Final = 5.0
@@ -38,7 +39,8 @@ class Background:
 
     Args:
         greetings: messages to begin a connection with, encoded: the first names the process and its row.
-        look: called in the thread after a message from the coordinator, and every SWEEP_S.
+        look: called in the thread after a message from the coordinator, and when the seconds that it returned are over,
+            SWEEP_S at most.
         alone: called in the thread, again and again, when no coordinator has answered for ALONE_S.
     """
 
@@ -46,7 +48,7 @@ class Background:
         self,
         names: Names,
         greetings: Callable[[], bytes],
-        look: Callable[[], None],
+        look: Callable[[], float],
         alone: Callable[[], None] = lambda: None,
     ) -> None:
         self._names = names
@@ -59,6 +61,7 @@ class Background:
         self._socket: socket.socket | None = None
         self._retry_at = 0.0
         self._retry_s = RETRY_MIN_S
+        self._look_in = FIRST_LOOK_S
         self._thread = threading.Thread(target=self._run, name=f"shmpool-{names.pool}", daemon=True)
         self._thread.start()
 
@@ -90,7 +93,7 @@ class Background:
                         self._alone()
                 self._wait(frames)
                 if not self._stopping:
-                    self._look()
+                    self._look_in = self._look()
         except Exception:
             if not self._stopping:
                 import logging  # cold, and an application has it anyway
@@ -119,7 +122,7 @@ class Background:
         """Sleep until a message, `stop`, the next try to connect, or the next sweep."""
         poller = select.poll()
         poller.register(self._wake_read, select.POLLIN)
-        seconds = SWEEP_S
+        seconds = min(SWEEP_S, self._look_in)
         if self._socket is not None:
             poller.register(self._socket, select.POLLIN)
         else:
@@ -162,7 +165,7 @@ class Rounds:
 
     def __init__(
         self,
-        look: Callable[[], None],
+        look: Callable[[], object],
         alone: Callable[[], None],
         is_coordinated: Callable[[], bool],
         greet: Callable[[], None] = lambda: None,

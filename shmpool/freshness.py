@@ -36,20 +36,23 @@ ASK_S: Final = 0.5  # a server that does not say in time where it stands is cut 
 POLL_S: Final = 0.005  # between two questions to the same server
 
 
-def acquire_after(group: LocalGroup, after: CommitPosition, deadline: float) -> Lease:
+def acquire_after(group: LocalGroup, after: CommitPosition, deadline: float, *, is_high: bool = False) -> Lease:
     """Return a connection of a group whose server shows everything up to a position.
+
+    Args:
+        is_high: as of LocalGroup.acquire.
 
     Raises:
         PositionNotReached, PoolTimeout, NoEligibleEndpoint: none did by `deadline` (monotonic clock).
         psycopg2.OperationalError: endpoints were tried, and none took the connection.
     """
     if is_void(after, _known(group).values()):
-        return group.pop_idle() or group.acquire(deadline)
+        return group.pop_idle() or group.acquire(deadline, is_high=is_high)
     lease = _pop_known(group, after)
     if lease is not None:
         return lease
-    lease = group.pop_idle() or group.acquire(deadline)
-    return _caught_up(lease, after, deadline) or _opened(group, after, deadline)
+    lease = group.pop_idle() or group.acquire(deadline, is_high=is_high)
+    return _caught_up(lease, after, deadline, is_high) or _opened(group, after, deadline, is_high)
 
 
 def _known(group: LocalGroup) -> dict[int, Standing]:
@@ -99,12 +102,12 @@ def _let_rest(lease: Lease) -> None:
         lease.group.put_idle(lease)
 
 
-def _caught_up(lease: Lease, after: CommitPosition, deadline: float) -> Lease | None:
+def _caught_up(lease: Lease, after: CommitPosition, deadline: float, is_high: bool) -> Lease | None:
     """Ask the server at hand until it shows the position, or another one does; None: not in time."""
     if _is_asked_to_show(lease, after):
         return lease
     group = lease.group
-    other = _from_one_ahead(group, after, deadline)
+    other = _from_one_ahead(group, after, deadline, is_high)
     if other is not None:
         _let_rest(lease)
         return other
@@ -126,23 +129,23 @@ def _may_catch_up(lease: Lease, after: CommitPosition) -> bool:
     return seen.role is Role.REPLICA and seen.system_identifier == after.system_identifier
 
 
-def _from_one_ahead(group: LocalGroup, after: CommitPosition, deadline: float) -> Lease | None:
+def _from_one_ahead(group: LocalGroup, after: CommitPosition, deadline: float, is_high: bool) -> Lease | None:
     """Open a connection to a replica that was seen to show the position, if there is a permit for it now."""
     ahead = {i for i, seen in _known(group).items() if seen.role is Role.REPLICA and shows(seen, after)}
     lease = None
     if ahead:
         with contextlib.suppress(OperationalError):  # there are other ways
-            lease = group.try_open(Attempt(ahead), deadline, may_wait=False)
+            lease = group.try_open(Attempt(ahead, is_high=is_high), deadline, may_wait=False)
     if lease is None or _is_asked_to_show(lease, after):
         return lease
     _let_rest(lease)
     return None
 
 
-def _opened(group: LocalGroup, after: CommitPosition, deadline: float) -> Lease:
+def _opened(group: LocalGroup, after: CommitPosition, deadline: float, is_high: bool) -> Lease:
     """Return a connection to the primary, or to whatever shows the position first."""
     began = monotonic()
-    attempt = Attempt()
+    attempt = Attempt(is_high=is_high)
     tried: set[int] = set()
     may_wait = has_made_room = False
     while True:

@@ -254,6 +254,7 @@ def _group(view: PoolView, workers: Sequence[WorkerReport], index: int, name: st
         mean_wait=total("wait_total") / total("waits") if total("waits") else None,
         longest_wait=max(d["wait_longest"] for d in counted) if total("waits") else None,
         timeouts=total("timeouts"),
+        refused=total("refused"),
         opens=total("opens"),
         mean_open=total("open_total") / total("opens") if total("opens") else None,
         errors=total("errors"),

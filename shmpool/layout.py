@@ -189,6 +189,7 @@ SLOTS: Final = Table(
         Column("opens", "connections opened"),
         _time("open_total", "time to open them"),
         Column("errors", "opens that failed"),
+        Column("refused", "checkouts that were not let wait, as too many did"),
         Column("counted_group", "1 + group that the counters belong to; 0: none"),
         Column("queued", "threads of the process that wait behind this one"),
     ),

@@ -19,6 +19,7 @@ from psycopg2.extensions import cursor
 from shmpool import slots
 from shmpool.clock import monotonic
 from shmpool.connection import CLOSE_BOUND_S, Connection, Recipe, close_connection
+from shmpool.layout import RECALL_WORDS
 from shmpool.slots import Token
 from shmpool.states import Health, Use
 from shmpool.words import Status
@@ -83,6 +84,19 @@ class Lease(Token):
     times: memoryview[float]
     waiters: deque[Waiter]
     words: memoryview
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whether its permit may be of the group's reserve; whoever gives it back finds out."""
+        return self.recall_at == self.use_at
+
+    def reserve(self) -> None:
+        """Have a checkin look closer, as if recalled; a real recall is not seen until `unreserve`."""
+        self.recall_at = self.use_at
+
+    def unreserve(self) -> None:
+        """Be like any other."""
+        self.recall_at = self.table.segment.layout.at(RECALL_WORDS, self.number)
 
 
 def give_back(lease: Lease) -> None:

@@ -21,7 +21,7 @@ from shmpool.connection import Recipe, answers, is_alive
 from shmpool.errors import DisownedError, TableFullError
 from shmpool.lease import BYPASS_S, Lease, disown, give_back, tidy
 from shmpool.opening import open_lease
-from shmpool.pool_errors import NoEligibleEndpoint, PoolTimeout
+from shmpool.pool_errors import NoEligibleEndpoint, PoolTimeout, TooManyWaiting
 from shmpool.reports import describe_group
 from shmpool.router import Attempt, Router
 from shmpool.routing import Route
@@ -29,6 +29,7 @@ from shmpool.semaphores import SLICE_S
 from shmpool.settings import GroupSettings
 from shmpool.slots import EndpointPermits, GroupPermits
 from shmpool.waiting import Presence, Queue, Waiter, refuse_in_event_loop
+from shmpool.warmup import WarmUp
 from shmpool.words import MOVE, Status
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class LocalGroup:
         self.queue = Queue(self.idle)
         self.router = Router(attachment, settings, permits)
         self.is_retired = False
+        self.warmup = WarmUp()
         self._polite_until = 0.0  # monotonic
 
     def __repr__(self) -> str:
@@ -125,7 +127,7 @@ class LocalGroup:
                 return lease
 
     def look_after_idle(self) -> None:
-        """Give back idle connections that are recalled, too old, unused for `max_idle`, or that died.
+        """Give back idle connections that are recalled, too old, unused for `max_idle` (if not kept), or that died.
 
         Those of a replica that lags too far as well, where there is a better one; and one of those that fell back,
         while the group may hold no more like it.  What rested and is to move is opened anew at once, where threads run.
@@ -139,7 +141,7 @@ class LocalGroup:
             except IndexError:
                 break
             wanted_back = lease.words[lease.recall_at] == lease.words[lease.word_at]
-            if wanted_back or self.is_retired or now - lease.since >= self.settings.max_idle:
+            if wanted_back or self.is_retired or self._is_unused(lease, now):
                 give_back(lease)
             elif self.leave_for_better(lease):
                 moved += bool(self.idle) or now - lease.since >= RESTED_S
@@ -187,12 +189,35 @@ class LocalGroup:
         if lease is not None:
             self.put_idle(lease)
 
+    def _is_unused(self, lease: Lease, now: float) -> bool:
+        """Whether a connection has rested for `max_idle`, and is none of those that the worker keeps."""
+        if now - lease.since < self.settings.max_idle:
+            return False
+        return self.table.out(self.permits) > self.settings.per_worker_min
+
     def put_idle(self, lease: Lease) -> None:
         """Let a connection rest; serve a waiting thread first."""
+        if lease.is_reserved and self._keep_reserved(lease):
+            return
         lease.words[lease.use_at] = lease.idle_use
         lease.idle.append(lease)
         if self.queue.waiters:
             self.serve()
+
+    def _keep_reserved(self, lease: Lease) -> bool:
+        """Keep a permit of the reserve from normal work; return False where the reserve is whole without it.
+
+        A thread of high priority gets the connection, or it is closed: what rests is anybody's.
+        """
+        if self.is_retired or self.permits.semaphore.value >= self.settings.reserve:
+            lease.unreserve()
+            if lease.words[lease.recall_at] != lease.words[lease.word_at]:
+                return False
+            self.yield_to_others(lease)
+            return True
+        if not self.queue.serve_high(lease, self.permits.bell):
+            give_back(lease)
+        return True
 
     def serve(self) -> None:
         """Hand idle connections to waiting threads; give them back if the group takes no part any more."""
@@ -230,24 +255,31 @@ class LocalGroup:
 
     # -- waiting
 
-    def acquire(self, deadline: float) -> Lease:
+    def acquire(self, deadline: float, *, is_high: bool = False) -> Lease:
         """Return a connection that rests, is handed over, or is opened, whichever comes first.
+
+        Args:
+            is_high: be served before those that are not, also with a permit that the group reserves.
 
         Raises:
             PoolTimeout, NoEligibleEndpoint: nothing came by `deadline` (monotonic clock).
+            TooManyWaiting: as many as may wait do so already.
             psycopg2.OperationalError: endpoints were tried, and none took the connection.
         """
-        attempt = Attempt()
-        if not self.queue.waiters:
+        attempt = Attempt(is_high=is_high)
+        if not self.queue.waiters or (is_high and not self.queue.has_high()):
             lease = self._claim_and_open(attempt, deadline, scout=None)
             if lease is not None:
                 return lease
-        if deadline > monotonic():
+        may_wait = deadline > monotonic()
+        if may_wait:
             refuse_in_event_loop(self.settings.name)
         presence = Presence()
-        waiter = Waiter(presence)
-        self.queue.waiters.append(waiter)
+        waiter = Waiter(presence, is_high=is_high)
+        self.queue.enter(waiter)
         try:
+            if may_wait:
+                self._bound_waiting(waiter)
             while True:
                 if self.table.dropped:
                     tidy(self.table)
@@ -275,8 +307,19 @@ class LocalGroup:
             return None
         if self.is_fit(lease):
             return lease
-        self.queue.waiters.appendleft(waiter)  # it keeps its place
+        self.queue.put_back(waiter)
         return None
+
+    def _bound_waiting(self, waiter: Waiter) -> None:
+        """Refuse a thread that queues behind as many as may wait.  By its place: of two at once one is let in.
+
+        Raises:
+            TooManyWaiting: that is so.
+        """
+        most = self.settings.max_waiting
+        if most and self.queue.count_before(waiter) >= most:
+            self._count(slots.REFUSED)
+            raise TooManyWaiting(self.settings.name, most)
 
     def _leave_queue(self, waiter: Waiter) -> None:
         """End a call that waited; what was handed over to it meanwhile rests again."""
@@ -291,7 +334,7 @@ class LocalGroup:
             if self.queue.is_scout(waiter):
                 self.queue.pass_scouting_on(waiter)
             return None
-        if self.queue.is_first(waiter):
+        if self.queue.is_first(waiter) and (waiter.is_high or not lease.is_reserved):
             return lease
         self.put_idle(lease)
         return None
@@ -322,7 +365,8 @@ class LocalGroup:
                 scout.sleep(deadline - monotonic())
             return None
         if scout is None:
-            granted = self.table.claim_once(token, self.permits, self._permits_of(route))
+            left = self._leave(attempt)
+            granted = self.table.claim_once(token, self.permits, self._permits_of(route), left)
         else:
             granted = self._wait_on_bell(token, attempt, deadline, scout)
         if not granted:
@@ -330,7 +374,21 @@ class LocalGroup:
             return None
         if scout is not None:
             self.queue.stop_scouting(scout)
-        return open_lease(self, token, attempt, deadline)
+        left = attempt.left
+        lease = open_lease(self, token, attempt, deadline)
+        if lease is not None and left < self.settings.reserve and not self.attachment.keeps_nothing:
+            lease.reserve()
+        return lease
+
+    def _leave(self, attempt: Attempt, *, is_for_first: bool = False) -> int:
+        """Return how many free permits a claim leaves to others.
+
+        Args:
+            is_for_first: it is made for who stands first in the queue, whoever makes it.
+        """
+        is_high = attempt.is_high or (is_for_first and self.queue.has_high())
+        attempt.left = 0 if is_high else self.settings.reserve
+        return attempt.left
 
     def yield_to_others(self, lease: Lease) -> None:
         """Give back a connection that another worker waits for, and let that one claim first."""
@@ -359,6 +417,8 @@ class LocalGroup:
             deadline,
             is_done=is_done,
             queued=lambda: max(0, len(self.queue.waiters) - 1),  # this one may just be out of the queue, to be served
+            leave=lambda: self._leave(attempt, is_for_first=attempt.only is None),
+            stand_aside=scout.sleep,
             tell=lambda: self.attachment.say_waiting(self.permits.index),
         )
 
@@ -381,15 +441,19 @@ class LocalGroup:
 
     def give_up(self, attempt: Attempt, waited: float) -> Exception:
         """Return the error that tells best why nothing came in time."""
-        self._count_timeout()
+        self._count(slots.TIMEOUTS)
         if attempt.failures:
             return next(reversed(attempt.failures.values()))
         if attempt.route is not None and not attempt.route.order:
             return NoEligibleEndpoint(self.settings.name, self.settings.target, self.router.reasons(attempt.route))
-        return PoolTimeout(describe_group(self.attachment.segment, self.settings.name, self.permits, waited))
+        told = describe_group(self.attachment.segment, self.settings.name, self.permits, waited)
+        if self.settings.reserve and not attempt.is_high:
+            told += f"; {self.settings.reserve} reserved for high priority"
+        return PoolTimeout(told)
 
-    def _count_timeout(self) -> None:
+    def _count(self, column: int) -> None:
+        """Count a checkout that ended without a connection."""
         with contextlib.suppress(TableFullError):
             token = self.table.take(self.permits)
-            self.table.words[token.detail_at + slots.TIMEOUTS] += 1
+            self.table.words[token.detail_at + column] += 1
             self.table.put_back(token)

@@ -25,7 +25,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
 
 from psycopg2.extensions import STATUS_READY, cursor
 
@@ -50,6 +50,7 @@ from shmpool.silence import cut_unanswered
 if TYPE_CHECKING:
     from shmpool.document import Document
 
+Priority = Literal["normal", "high"]
 _Result = TypeVar("_Result")
 
 JOIN_PAUSE_S: Final = 0.02  # between looks for a segment that is about to open
@@ -119,14 +120,15 @@ class Pool:
     def __repr__(self) -> str:
         return f"<shmpool.Pool {self.name!r}{', closed' if self._closed else ''}>"
 
-    def checkout(self, group: str, timeout: float | None = None) -> Handle:
+    def checkout(self, group: str, timeout: float | None = None, priority: Priority = "normal") -> Handle:
         """Return a connection of a group; give it back with `checkin`, or close the handle.
 
         Args:
             timeout: seconds to wait at most; default: the group's. 0: do not wait.
+            priority: "high" goes before others of this process, and may take what the group has in `reserve`.
 
         Raises:
-            PoolTimeout, NoEligibleEndpoint, UnknownGroup, PoolClosed, CoordinatorNotRunning,
+            PoolTimeout, TooManyWaiting, NoEligibleEndpoint, UnknownGroup, PoolClosed, CoordinatorNotRunning,
             psycopg2.OperationalError: no endpoint could be reached in time.
         """
         lease = None
@@ -144,7 +146,7 @@ class Pool:
                     return handle
         except (KeyError, IndexError, ValueError):
             pass
-        return self._checkout_slowly(group, timeout, lease)
+        return self._checkout_slowly(group, timeout, lease, priority)
 
     def checkin(self, handle: Handle) -> None:
         """Give a connection back; the handle and its cursors are dead afterwards.  A second time: nothing.
@@ -172,7 +174,9 @@ class Pool:
         if lease.waiters:
             lease.group.serve()
 
-    def checkout_after(self, group: str, after: CommitPosition, timeout: float | None = None) -> Handle:
+    def checkout_after(
+        self, group: str, after: CommitPosition, timeout: float | None = None, priority: Priority = "normal"
+    ) -> Handle:
         """Return a connection of a group to a server that shows everything up to a position (`commit_position`).
 
         A replica that is known to have come so far serves at once, without a statement.  Else the replica at hand is
@@ -181,19 +185,27 @@ class Pool:
 
         Raises:
             PositionNotReached: no endpoint of the group showed the position in time.
-            Others, and `timeout`: as `checkout`.
+            Others, `timeout` and `priority`: as `checkout`.
         """
         if not isinstance(after, CommitPosition):
             raise TypeError(f"after: found {type(after).__name__}, expected a CommitPosition; parse() reads its text")
-        return self._checkout_slowly(group, timeout, None, after)
+        return self._checkout_slowly(group, timeout, None, priority, after)
 
-    def connection(self, group: str, timeout: float | None = None, after: CommitPosition | None = None) -> Lending:
+    def connection(
+        self,
+        group: str,
+        timeout: float | None = None,
+        after: CommitPosition | None = None,
+        priority: Priority = "normal",
+    ) -> Lending:
         """Return a context manager around `checkout`, or with a position `checkout_after`, and `checkin`.
 
         In groups without autocommit it commits on success and rolls back on an exception.
         """
         if after is not None:
-            return LendingAfter(self, group, timeout, after)
+            return LendingAfter(self, group, timeout, after, priority)
+        if priority != "normal":
+            return LendingAhead(self, group, timeout, priority)
         return Lending(self, group, timeout)
 
     def run(
@@ -372,9 +384,17 @@ class Pool:
                 time.sleep(min(JOIN_PAUSE_S, remaining))
 
     def _checkout_slowly(
-        self, group: str, timeout: float | None, lease: Lease | None, after: CommitPosition | None = None
+        self,
+        group: str,
+        timeout: float | None,
+        lease: Lease | None,
+        priority: Priority,
+        after: CommitPosition | None = None,
     ) -> Handle:
         """Everything that is not a warm checkout: join, look after an idle connection, claim and open, wait."""
+        is_high = priority == "high"
+        if not is_high and priority != "normal":
+            raise ValueError(f"priority: found {priority!r}, expected 'normal' or 'high'")
         began = monotonic()
         deadline = None if timeout is None else began + timeout
         if lease is not None and not lease.group.attachment.is_current():
@@ -393,9 +413,9 @@ class Pool:
             try:
                 state.tidy()
                 if after is None:
-                    lease = lease or local.pop_idle() or local.acquire(deadline)
+                    lease = lease or local.pop_idle() or local.acquire(deadline, is_high=is_high)
                 else:
-                    lease = acquire_after(local, after, deadline)
+                    lease = acquire_after(local, after, deadline, is_high=is_high)
                 break
             except (DisownedError, SegmentRetiredError):
                 if monotonic() >= deadline:
@@ -425,19 +445,26 @@ class Pool:
         state = self._state
         return 0 if state is None else sum(local.rest() for local in state.groups.values())
 
-    def look_after_idle(self) -> None:
-        """Give back idle connections that are recalled, too old or dead (background thread)."""
+    def look_after_idle(self) -> float:
+        """Give back idle connections that are recalled, too old or dead, and open those ahead of need.
+
+        Returns:
+            The seconds until it is to be called again (background thread).
+        """
         self._tidy_former()
         state = self._state
         if state is None:
-            return
+            return float("inf")
         state.tidy()
+        look_in = float("inf")
         for local in state.groups.values():
             local.look_after_idle()
+            look_in = min(look_in, local.warmup.look(local))
         state.cut_unanswered(self.name)
         if not state.attachment.is_current() or state.attachment.is_outdated():
             with contextlib.suppress(PoolError):
                 self._joined()
+        return look_in
 
 
 class _State:
@@ -539,17 +566,33 @@ class Lending:
             self._pool.checkin(handle)
 
 
-class LendingAfter(Lending):
+class LendingAhead(Lending):
+    """A connection that was asked for with a priority, for the length of a `with` block; see `Pool.connection`."""
+
+    __slots__ = ("_priority",)
+
+    def __init__(self, pool: Pool, group: str, timeout: float | None, priority: Priority) -> None:
+        super().__init__(pool, group, timeout)
+        self._priority = priority
+
+    def __enter__(self) -> Handle:
+        self._handle = self._pool.checkout(self._group, self._timeout, self._priority)
+        return self._handle
+
+
+class LendingAfter(LendingAhead):
     """A connection that shows a position, for the length of a `with` block; see `Pool.connection`."""
 
     __slots__ = ("_after",)
 
-    def __init__(self, pool: Pool, group: str, timeout: float | None, after: CommitPosition) -> None:
-        super().__init__(pool, group, timeout)
+    def __init__(
+        self, pool: Pool, group: str, timeout: float | None, after: CommitPosition, priority: Priority
+    ) -> None:
+        super().__init__(pool, group, timeout, priority)
         self._after = after
 
     def __enter__(self) -> Handle:
-        self._handle = self._pool.checkout_after(self._group, self._after, self._timeout)
+        self._handle = self._pool.checkout_after(self._group, self._after, self._timeout, self._priority)
         return self._handle
 
 

@@ -18,6 +18,16 @@ class PoolTimeout(PoolError):  # noqa: N818  a name that users of other pools kn
     """No connection became free in time.  The message says the cap, who holds it and who waits."""
 
 
+class TooManyWaiting(PoolTimeout):
+    """As many threads of the process as `max_waiting` allows wait for the group already; this one did not wait."""
+
+    def __init__(self, group: str, most: int) -> None:
+        super().__init__(
+            f"group {group!r}: {most} threads of this process wait already, and max_waiting allows no more; "
+            "`shmpool status` tells who holds the connections"
+        )
+
+
 class PositionNotReached(PoolTimeout):
     """No endpoint that serves the group showed a commit position in time, and the primary is not among them."""
 

@@ -33,12 +33,15 @@ class Attempt:
 
     Args:
         only: the endpoints that it may try; default: all that are eligible.
+        is_high: whether it may take the permits that the group reserves.
     """
 
-    __slots__ = ("failures", "has_tried", "only", "route")
+    __slots__ = ("failures", "has_tried", "is_high", "left", "only", "route")
 
-    def __init__(self, only: Collection[int] | None = None) -> None:
+    def __init__(self, only: Collection[int] | None = None, *, is_high: bool = False) -> None:
         self.only = only
+        self.is_high = is_high
+        self.left = 0  # permits that the last claim left to others
         self.route: Route | None = None
         self.failures: dict[int, psycopg2.OperationalError] = {}
         self.has_tried = False  # an endpoint that is DOWN

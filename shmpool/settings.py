@@ -38,6 +38,7 @@ _LIGHT_OF_GROUP: Final[Mapping[str, Any]] = {
     "per_worker_max": 0,
     "timeout": 0.0,
     "max_waiting": 0,
+    "reserve": 0,
     "max_idle": 0.0,
     "ping_after": 0.0,
     "leak_after": None,
@@ -95,6 +96,7 @@ class GroupSettings(NamedTuple):
     settings: Mapping[str, str]
     application_name: str
     after_wait: float = 0.05
+    reserve: int = 0
 
     def of_connection(self) -> Self:
         """Return what an open connection depends on; everything else as if it had never been set."""

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ from shmpool.words import (
 )
 
 ENDPOINT_SLICES: Final = 4  # slices that a waiter keeps its group permit while every endpoint is busy
+ASIDE_S: Final = 0.002  # off the bell after a ring was passed on: time for others to hear it
 _FRESH: Final = -1  # tokens whose slot counts for no group yet
 
 SINCE: Final = SLOTS.column("since")
@@ -65,6 +67,7 @@ TIMEOUTS: Final = SLOTS.column("timeouts")
 OPENS: Final = SLOTS.column("opens")
 OPEN_TOTAL: Final = SLOTS.column("open_total")
 ERRORS: Final = SLOTS.column("errors")
+REFUSED: Final = SLOTS.column("refused")
 COUNTED_GROUP: Final = SLOTS.column("counted_group")
 QUEUED: Final = SLOTS.column("queued")
 _COUNTERS: Final = range(CHECKOUTS, COUNTED_GROUP)
@@ -307,10 +310,14 @@ class SlotTable:
                 self.words[at + column] = 0
             self.words[at + COUNTED_GROUP] = group + 1
 
-    def claim(self, token: Token, group: GroupPermits, endpoints: Sequence[EndpointPermits]) -> Outcome:
+    def claim(self, token: Token, group: GroupPermits, endpoints: Sequence[EndpointPermits], leave: int = 0) -> Outcome:
         """Try once to get a permit pair, the endpoints in the given order.  The token's word is FREE.
 
         An exception (a raising signal handler) abandons the slot and passes on; the caller drops the token.
+
+        Args:
+            leave: how many free permits of the group are for others.  At the moment that settles it so many are free:
+                a permit is given back at once, within the bracket, if others took theirs meanwhile.
 
         Raises:
             DisownedError: the row is not this process's any more; nothing was stored.
@@ -320,7 +327,7 @@ class SlotTable:
         if not self.owns(token):
             raise DisownedError(f"slot {token.number} is not this process's any more")
         control = words[group.control_at]
-        if (control ^ control >> 16) & 0xFFFF and self._is_owed(group):
+        if (leave or (control ^ control >> 16) & 0xFFFF) and self._is_owed(group, leave):
             return Outcome.GROUP_BUSY
         seq = (words[at] + SEQ_ONE) & SEQ_MASK
         maybe = seq | group.maybe
@@ -333,6 +340,11 @@ class SlotTable:
             except BusyError:
                 words[at] = free
                 return Outcome.GROUP_BUSY
+            if leave and group.semaphore.value < leave:  # as `give_up`: the field has been MAYBE all the time
+                group.release()
+                words[at] = free
+                ring(group.bell)
+                return Outcome.GROUP_BUSY
             return self._claim_endpoint(token, group, endpoints, free)
         except BaseException:
             word = words[at]
@@ -340,9 +352,11 @@ class SlotTable:
                 words[at] = word | ORPHAN
             raise
 
-    def claim_once(self, token: Token, group: GroupPermits, endpoints: Sequence[EndpointPermits]) -> bool:
+    def claim_once(
+        self, token: Token, group: GroupPermits, endpoints: Sequence[EndpointPermits], leave: int = 0
+    ) -> bool:
         """Try once, without waiting; the token's word is (g,e) or FREE afterwards.  Raises as `claim`."""
-        outcome = self.claim(token, group, endpoints)
+        outcome = self.claim(token, group, endpoints, leave)
         if outcome is Outcome.ENDPOINTS_BUSY:
             self.give_up(token)
         return outcome is Outcome.GRANTED
@@ -392,11 +406,11 @@ class SlotTable:
         words[at] = seq | group.yes
         return Outcome.ENDPOINTS_BUSY
 
-    def _is_owed(self, permits: GroupPermits | EndpointPermits) -> bool:
-        """Whether what is left of a surplus belongs to the coordinator, which is shrinking this semaphore."""
+    def _is_owed(self, permits: GroupPermits | EndpointPermits, leave: int = 0) -> bool:
+        """Whether what is free is left to others, or to the coordinator, which is shrinking this semaphore."""
         control: int = self.words[permits.control_at]
-        surplus = (control >> 16 & 0xFFFF) - (control & 0xFFFF)
-        return surplus > 0 and permits.semaphore.value <= surplus
+        kept = leave + max(0, (control >> 16 & 0xFFFF) - (control & 0xFFFF))
+        return kept > 0 and permits.semaphore.value <= kept
 
     def give_up(self, token: Token) -> None:
         """Give the group permit back.  The token's word is (g,-), afterwards FREE; the token stays out.
@@ -531,6 +545,8 @@ class SlotTable:
         deadline: float,
         is_done: Callable[[], bool] = lambda: False,
         queued: Callable[[], int] = lambda: 0,
+        leave: Callable[[], int] = lambda: 0,
+        stand_aside: Callable[[float], object] = time.sleep,
         tell: Callable[[], None] = lambda: None,
     ) -> bool:
         """Claim, sleeping on the group's bells in slices, until granted, `deadline` or `is_done()`.
@@ -542,15 +558,18 @@ class SlotTable:
             deadline: on the monotonic clock.
             is_done: asked before each slice: something better than a permit turned up.
             queued: how many threads wait behind this one, for status.
+            leave: as of `claim`, asked before each.  A ring that tells of permits for others is passed on, once.
+            stand_aside: sleeps for so many seconds, but not on the bell: others are to hear it.
             tell: called once this thread is seen to wait.
         """
         detail = token.detail_at
-        outcome = self.claim(token, group, route())
+        kept = leave()
+        outcome = self.claim(token, group, route(), kept)
         if outcome is Outcome.GRANTED:
             return True
         self.times[detail + SINCE] = monotonic()
         slices = 0
-        waits_for_endpoint = is_told = False
+        waits_for_endpoint = has_passed_on = is_told = False
         try:
             while outcome is not Outcome.GRANTED:
                 remaining = deadline - monotonic()
@@ -562,10 +581,16 @@ class SlotTable:
                 if not is_told:  # after the word: who is told looks for it at once
                     is_told = True
                     tell()
-                sleep_on(group.endpoint_bell if waits_for_endpoint else group.bell, remaining)
+                has_rung = sleep_on(group.endpoint_bell if waits_for_endpoint else group.bell, remaining)
                 if not waits_for_endpoint:
-                    outcome = self.claim(token, group, route())
+                    kept = leave()
+                    outcome = self.claim(token, group, route(), kept)
                     slices = 0
+                    is_for_others = has_rung and outcome is Outcome.GROUP_BUSY and 0 < group.semaphore.value <= kept
+                    has_passed_on = is_for_others and not has_passed_on  # what comes back nobody wanted
+                    if has_passed_on:
+                        ring(group.bell)
+                        stand_aside(ASIDE_S)
                     continue
                 outcome = self.claim_endpoint(token, route())  # also before giving up: a ring may have been taken
                 slices += 1
@@ -577,7 +602,7 @@ class SlotTable:
         except BaseException:
             self.abandon(token)
             raise
-        if group.semaphore.value > 0:
+        if group.semaphore.value > kept:
             ring(group.bell)
         endpoint = token.tether.endpoint
         if waits_for_endpoint and endpoint is not None and endpoint.semaphore.value > 0:

@@ -136,6 +136,7 @@ class GroupReport:
     mean_wait: float | None
     longest_wait: float | None
     timeouts: int
+    refused: int  # checkouts that `max_waiting` did not let wait
     opens: int
     mean_open: float | None
     errors: int

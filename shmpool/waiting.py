@@ -1,7 +1,8 @@
 """The threads of one process that wait for a connection of a group.
 
-Threads queue in order of arrival; one of them, the scout, sleeps on the group's bell for all.  What comes first serves
-the head of the queue: a checkin of this process, or the connection that the scout opened with a permit.
+Threads queue in order of arrival, those of high priority before the others; one of them, the scout, sleeps on the
+group's bell for all.  What comes first serves the head of the queue: a checkin of this process, or the connection that
+the scout opened with a permit.
 
 Guarantees: a connection that is handed over and not taken goes back to the idle ones.
 Threads.  Deques and single attribute stores carry all shared state: no lock but the one that each waiter sleeps on.
@@ -16,7 +17,9 @@ import sys
 import threading
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING
+from itertools import takewhile
+from operator import attrgetter
+from typing import TYPE_CHECKING, Final
 
 from shmpool.clock import monotonic
 from shmpool.pool_errors import WouldBlockEventLoop
@@ -24,6 +27,8 @@ from shmpool.semaphores import SLICE_S, Semaphore, ring
 
 if TYPE_CHECKING:
     from shmpool.lease import Lease
+
+_is_high: Final = attrgetter("is_high")
 
 
 class Presence:
@@ -40,11 +45,13 @@ class Waiter:
 
     Args:
         presence: what the waiting call alone refers to.
+        is_high: whether it is served before those that are not.
     """
 
-    __slots__ = ("_has_left", "_presence", "handed", "lock", "since")
+    __slots__ = ("_has_left", "_presence", "handed", "is_high", "lock", "since")
 
-    def __init__(self, presence: Presence) -> None:
+    def __init__(self, presence: Presence, *, is_high: bool = False) -> None:
+        self.is_high = is_high
         self.handed: deque[Lease] = deque()
         self._has_left = False
         self._presence = weakref.ref(presence)
@@ -83,8 +90,35 @@ class Queue:
         self._idle = idle
         self._scout: Waiter | None = None
 
+    def enter(self, waiter: Waiter) -> None:
+        """Queue a thread: behind its like, and one of high priority before all others."""
+        if waiter.is_high:
+            self.waiters.insert(self._count_high(), waiter)
+        else:
+            self.waiters.append(waiter)
+
+    def put_back(self, waiter: Waiter) -> None:
+        """Queue a thread again that was taken out in vain: it keeps its place."""
+        if waiter.is_high:
+            self.waiters.appendleft(waiter)
+        else:
+            self.waiters.insert(self._count_high(), waiter)
+
+    def _count_high(self) -> int:
+        return sum(1 for _ in takewhile(_is_high, tuple(self.waiters)))
+
+    def has_high(self) -> bool:
+        """Whether a thread of high priority waits; wherever it stands, should others have moved when it came."""
+        return any(waiter.is_high and not waiter.is_gone for waiter in tuple(self.waiters))
+
+    def count_before(self, waiter: Waiter) -> int:
+        """Return how many threads are served before one of the queue; 0 if it is out of it, to be served."""
+        waiters = tuple(self.waiters)
+        place = waiters.index(waiter) if waiter in waiters else 0
+        return sum(not other.is_gone for other in waiters[:place])
+
     def serve(self, bell: Semaphore) -> None:
-        """Hand idle connections to waiting threads, first come first served."""
+        """Hand idle connections to waiting threads, high priority first, then first come first served."""
         while self._idle:
             waiter = self._next_to_serve()
             if waiter is None:
@@ -94,22 +128,45 @@ class Queue:
                     scout.wake()  # or on its lock, while the worker holds all it may
                 return
             try:
-                waiter.handed.append(self._idle.pop())
+                lease = self._idle.pop()
             except IndexError:
-                self.waiters.appendleft(waiter)
+                self.put_back(waiter)
                 return
-            waiter.wake()
-            if waiter.is_gone:
-                with contextlib.suppress(IndexError):
-                    self._idle.append(waiter.handed.pop())
+            if not self._hand(waiter, lease, bell):
+                self._idle.append(lease)
+
+    def serve_high(self, lease: Lease, bell: Semaphore) -> bool:
+        """Hand a connection to the first thread of high priority; return whether there was one."""
+        for waiter in tuple(self.waiters):
+            if not waiter.is_high or waiter.is_gone:
+                continue
+            try:
+                self.waiters.remove(waiter)
+            except ValueError:
+                continue  # it is just being served
+            if self._hand(waiter, lease, bell):
+                return True
+        return False
+
+    def _hand(self, waiter: Waiter, lease: Lease, bell: Semaphore) -> bool:
+        """Hand a connection to a thread that was taken out of the queue; False: it has gone, and did not take it."""
+        waiter.handed.append(lease)
+        waiter.wake()
+        if waiter is self._scout:
+            ring(bell)
+        if waiter.is_gone:
+            with contextlib.suppress(IndexError):
+                waiter.handed.pop()
+                return False
+        return True
 
     def _next_to_serve(self) -> Waiter | None:
-        """Take the first waiter out of the queue, the scout only if it wakes on its lock."""
+        """Take the first waiter out of the queue; a scout only if it goes first by right, or wakes on its lock."""
         waiter = self._pop_waiter()
-        if waiter is None or waiter is not self._scout:
+        if waiter is None or waiter is not self._scout or waiter.is_high:
             return waiter
         following = self._pop_waiter()
-        self.waiters.appendleft(waiter)
+        self.put_back(waiter)
         return following
 
     def _pop_waiter(self) -> Waiter | None:

@@ -220,7 +220,8 @@ class Arbiter:
             waiters,
             self.connections(),
             self.recalls,
-            group_values={g.index: permits.group_available(g.index) for g in settings.groups},
+            # Who waits in a group with a reserve may take none of it, or finds none: a recall is needed.
+            group_values={g.index: permits.group_available(g.index) - g.reserve for g in settings.groups},
             endpoint_values={e.index: permits.endpoint_available(e.index) for e in settings.endpoints},
             usable=usable,
             least={g.index: g.per_worker_min for g in settings.groups},

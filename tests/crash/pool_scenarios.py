@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from psycopg2 import OperationalError
 
-from shmpool import Pool, PoolTimeout
+from shmpool import Pool, PoolTimeout, TooManyWaiting
+from shmpool.clock import monotonic
 from shmpool.handle import Handle
-from shmpool.layout import ENDPOINTS
+from shmpool.layout import ENDPOINTS, HEADER, SLOTS
 from shmpool.lease import BYPASS_S, Lease
 from shmpool.waiting import Presence, Waiter
 from shmpool.words import Status
@@ -184,6 +185,136 @@ def give_back_to_the_queue(scene: Scene) -> Operation:
     return operation
 
 
+def with_reserve(scene: Scene, operation: Operation, reserve: int = 1) -> Operation:
+    """Return an operation that runs while the group reserves permits; afterwards it reserves none."""
+    local = scene.pool._joined().groups["read"]
+    plain = local.settings
+    local.settings = plain._replace(reserve=reserve)
+
+    def beside_a_reserve() -> None:
+        try:
+            operation()
+        finally:
+            local.settings = plain
+
+    return beside_a_reserve
+
+
+def take_from_the_reserve(scene: Scene) -> Operation:
+    """Check out with high priority what normal work may not have, and give its permits back at checkin."""
+    held = [scene.pool.checkout("read") for _ in range(3)]
+
+    def operation() -> None:
+        scene.pool.checkin(scene.pool.checkout("read", 0, "high"))
+        assert held
+
+    return with_reserve(scene, operation)
+
+
+def rest_beside_the_reserve(scene: Scene) -> Operation:
+    """Let a connection of high priority rest, as the reserve is whole without it."""
+    return with_reserve(scene, lambda: scene.pool.checkin(scene.pool.checkout("read", 0, "high")))
+
+
+def leave_to_the_reserve(scene: Scene) -> Operation:
+    """Wait beside a free permit that is reserved, and time out."""
+    held = [scene.pool.checkout("read") for _ in range(3)]
+
+    def operation() -> None:
+        with contextlib.suppress(PoolTimeout):
+            scene.pool.checkout("read", 0.01)
+        assert held
+
+    return with_reserve(scene, operation)
+
+
+def wait_first(scene: Scene) -> Operation:
+    """Queue before a normal thread, in vain."""
+    held = scene.pool.checkout("write")
+    local = lease_of(held).group
+    presence = Presence()
+    waiter = Waiter(presence)
+    local.queue.enter(waiter)
+
+    def operation() -> None:
+        try:
+            with contextlib.suppress(PoolTimeout):
+                scene.pool.checkout("write", 0.01, "high")
+        finally:
+            local._leave_queue(waiter)
+            assert held
+            assert presence
+
+    return operation
+
+
+def give_back_to_high_priority(scene: Scene) -> Operation:
+    """Hand a connection of the reserve over to the one of two waiting threads that goes first."""
+    held = [scene.pool.checkout("read") for _ in range(4)]
+    local = lease_of(held[0]).group
+    lease_of(held[0]).reserve()
+    presence = Presence()
+    waiters = [Waiter(presence), Waiter(presence, is_high=True)]
+    for waiter in waiters:
+        local.queue.enter(waiter)
+
+    def operation() -> None:
+        try:
+            scene.pool.checkin(held[0])
+        finally:
+            for waiter in waiters:
+                local._leave_queue(waiter)
+            assert presence
+
+    return with_reserve(scene, operation)
+
+
+def too_many_wait(scene: Scene) -> Operation:
+    """Be refused, as enough threads wait already."""
+    held = scene.pool.checkout("write")
+    local = lease_of(held).group
+    plain = local.settings
+    local.settings = plain._replace(max_waiting=1)
+    presence = Presence()
+    waiter = Waiter(presence)
+    local.queue.enter(waiter)
+
+    def operation() -> None:
+        try:
+            with contextlib.suppress(TooManyWaiting):
+                scene.pool.checkout("write", 0.01)
+        finally:
+            local.settings = plain
+            local._leave_queue(waiter)
+            assert held
+            assert presence
+
+    return operation
+
+
+def open_ahead(scene: Scene) -> Operation:
+    """Open a connection ahead of need, and let it rest."""
+    scene.rest()
+    local = scene.pool._joined().groups["read"]
+    plain = local.settings
+    local.settings = plain._replace(per_worker_min=2)
+    local.warmup._due = 0.0
+    segment = scene.host.segment
+    segment.times[segment.layout.at(HEADER, 0, "heartbeat")] = monotonic()
+    start, end = segment.layout.span(SLOTS)
+    for at in range(start + SLOTS.column("opened_at"), end, SLOTS.row_words):
+        segment.times[at] = 0.0  # earlier scenes had clocks of their own
+
+    def operation() -> None:
+        try:
+            local.warmup.look(local)
+            assert len(local.idle) == 2
+        finally:
+            local.settings = plain
+
+    return operation
+
+
 def in_a_transaction(scene: Scene) -> Operation:
     """Roll back what the holder left open."""
     handle = scene.pool.checkout("read")
@@ -285,6 +416,13 @@ POOL_SCENARIOS: tuple[Scenario, ...] = (
     on_connect_fails,
     wait_in_vain,
     give_back_to_the_queue,
+    take_from_the_reserve,
+    rest_beside_the_reserve,
+    leave_to_the_reserve,
+    wait_first,
+    give_back_to_high_priority,
+    too_many_wait,
+    open_ahead,
     in_a_transaction,
     session_changed,
     broken,

@@ -38,6 +38,27 @@ def claim_group_busy(host: Host, table: SlotTable) -> Operation:
     return operation
 
 
+def claim_overtaken(host: Host, table: SlotTable) -> Operation:
+    """Take a permit that is left to others, as others took theirs just before, and give it back."""
+    held = [host.hold_group(table, "read")]
+    overtaken = copy.copy(host.groups["read"])
+    acquire = overtaken.acquire
+
+    def overtake(timeout: float) -> None:
+        held.append(host.hold_group(table, "read"))
+        acquire(timeout)
+
+    overtaken.acquire = overtake
+
+    def operation() -> None:
+        token = table.take(host.groups["read"])
+        assert not table.claim_once(token, overtaken, host.route(), leave=2)
+        table.put_back(token)
+        assert held
+
+    return operation
+
+
 def claim_second_endpoint(host: Host, table: SlotTable) -> Operation:
     """Find the first endpoint busy and be granted at the second."""
     held = host.hold(table, "write", "pg1")
@@ -107,6 +128,25 @@ def wait_with_a_ring(host: Host, table: SlotTable) -> Operation:
     def operation() -> None:
         token = table.take(host.groups["write"])
         assert table.wait(token, host.groups["write"], route, deadline=float("inf"))
+
+    return operation
+
+
+def wait_beside_a_reserve(host: Host, table: SlotTable) -> Operation:
+    """Be rung for a permit that is left to others, pass the ring on, and time out."""
+    host.ring("write")
+
+    def operation() -> None:
+        token = table.take(host.groups["write"])
+        assert not table.wait(
+            token,
+            host.groups["write"],
+            host.route,
+            deadline=now() + 4.5,
+            leave=lambda: 1,
+            stand_aside=lambda seconds: None,
+        )
+        table.put_back(token)
 
     return operation
 
@@ -192,11 +232,13 @@ def come_back(host: Host, table: SlotTable) -> Operation:
 SCENARIOS: tuple[Scenario, ...] = (
     claim_granted,
     claim_group_busy,
+    claim_overtaken,
     claim_second_endpoint,
     claim_endpoints_busy,
     claim_endpoint_later,
     claim_failing,
     wait_with_a_ring,
+    wait_beside_a_reserve,
     wait_timed_out,
     wait_for_endpoint_timed_out,
     release,

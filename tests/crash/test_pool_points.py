@@ -13,7 +13,20 @@ from typing import Any
 
 import pytest
 
-from shmpool import Pool, attachment, connection, lease, local_group, opening, pool, router, semaphores, slots, waiting
+from shmpool import (
+    Pool,
+    attachment,
+    connection,
+    lease,
+    local_group,
+    opening,
+    pool,
+    router,
+    semaphores,
+    slots,
+    waiting,
+    warmup,
+)
 from shmpool import handle as handle_module
 from shmpool.layout import ENDPOINTS, RECALL_WORDS
 from tests.crash.conftest import Sweep
@@ -30,12 +43,13 @@ MODULES: tuple[ModuleType, ...] = (
     waiting,
     router,
     opening,
+    warmup,
     handle_module,
     slots,
     connection,
 )
 FILES = frozenset(str(module.__file__) for module in MODULES)
-CLOCKED: tuple[ModuleType, ...] = (pool, local_group, lease, waiting, router, opening, slots)
+CLOCKED: tuple[ModuleType, ...] = (pool, local_group, lease, waiting, router, opening, warmup, slots)
 KILLED_SHARE = 40  # one point of so many by default: each costs a process that joins the pool
 LOOKS_PER_S = 1024  # of the clock: far more than an operation takes within the shortest limit
 BY_NAME = pytest.mark.parametrize("scenario", POOL_SCENARIOS, ids=lambda scenario: scenario.__name__)
@@ -114,12 +128,15 @@ class Stage:
 def stage(pool_name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     """A pool without waits, without threads of its own, and with the driver replaced."""
     monkeypatch.setattr(attachment, "Background", Silent)
+    monkeypatch.setattr(attachment, "_forking_pid", 0)  # whatever other tests did in this process
     monkeypatch.setattr(semaphores, "SLICE_S", 0.0)
     for module, pause in (
         (local_group, "SLICE_S"),
         (waiting, "SLICE_S"),
         (local_group, "POLITE_S"),
         (opening, "REFUSED_PAUSE_S"),
+        (slots, "ASIDE_S"),
+        (warmup, "PACE_S"),
     ):
         monkeypatch.setattr(module, pause, 0.0)
     server = replace_driver(monkeypatch, cap=4)

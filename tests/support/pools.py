@@ -74,6 +74,7 @@ def group_settings(index: int = 0, name: str = "read") -> GroupSettings:
         per_worker_max=8,
         timeout=5.0,
         max_waiting=0,
+        reserve=0,
         max_lifetime=3600.0,
         max_idle=600.0,
         ping_after=30.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 
@@ -177,6 +178,69 @@ def test_raised_target_owes_nothing(pool: Host, table: SlotTable) -> None:
     """While a target is above what circulates, everything that is free may be claimed."""
     owe(pool, 0, 9)
     assert pool.hold(table, "read")
+
+
+def test_permits_that_are_left_to_others_are_not_claimed(pool: Host, table: SlotTable) -> None:
+    """A claim that leaves two permits takes the third last and no more, and no semaphore is touched in vain."""
+    read = pool.groups["read"]
+    held = []
+    for _ in range(2):
+        held.append(table.take(read))
+        assert table.claim(held[-1], read, [], leave=2) is Outcome.ENDPOINTS_BUSY
+    token = table.take(read)
+    before = pool.slot_words()
+    assert table.claim(token, read, [], leave=2) is Outcome.GROUP_BUSY
+    assert pool.slot_words() == before
+    assert table.claim(token, read, []) is Outcome.ENDPOINTS_BUSY
+
+
+def test_permit_that_was_left_to_others_is_given_back(pool: Host, table: SlotTable) -> None:
+    """Of two that take the last two permits at once, who finds that it took one left to others gives it back."""
+    read = pool.groups["read"]
+    others = [pool.hold_group(table, "read")]
+    overtaken = copy.copy(read)
+
+    def acquire(timeout: float) -> None:
+        others.append(pool.hold_group(table, "read"))
+        read.acquire(timeout)
+
+    overtaken.acquire = acquire
+    token = table.take(read)
+    assert table.claim(token, overtaken, pool.route(), leave=2) is Outcome.GROUP_BUSY
+    assert fields(pool, token) == (NONE, NONE, False)
+    assert (read.semaphore.value, read.bell.value) == (2, 1)
+
+
+@pytest.mark.parametrize("rings", [1, 2])
+def test_ring_for_others_is_passed_on(
+    pool: Host, table: SlotTable, monkeypatch: pytest.MonkeyPatch, rings: int
+) -> None:
+    """A ring that tells of permits for others is rung again while its taker stands aside; what comes back stops."""
+    read = pool.groups["read"]
+    asides = []
+    monkeypatch.setattr(semaphores, "SLICE_S", 0.0)
+
+    def stand_aside(seconds: float) -> None:
+        asides.append(read.bell.value)
+        if rings == 1:
+            read.bell.acquire(0)  # somebody else hears it
+
+    pool.begin_anew()
+    pool.ring("read")
+    token = table.take(read)
+    slices = iter([False] * 3 + [True])
+    assert not table.wait(
+        token,
+        read,
+        pool.route,
+        monotonic() + 30,
+        is_done=lambda: next(slices),
+        leave=lambda: 4,
+        stand_aside=stand_aside,
+    )
+    assert asides == [1]
+    assert read.bell.value == 0
+    assert fields(pool, token) == (NONE, NONE, False)
 
 
 def test_wait_times_out_with_a_free_word(pool: Host, table: SlotTable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -349,7 +349,10 @@ static void go_on(Moves *moves, const State *s, int slot) {
     abandon(moves, s, slot);
     switch (s->thread[slot].place) {
     case CLAIM_TAKE_GROUP: take(moves, s, slot, g, CLAIM_GOT_GROUP, CLAIM_GROUP_BUSY, 0); break;
-    case CLAIM_GOT_GROUP: claim_endpoint(moves, s, slot, 0); break;
+    case CLAIM_GOT_GROUP:
+        claim_endpoint(moves, s, slot, 0);
+        post(moves, s, slot, g, STORE_FREE); /* it was one that is left to others */
+        break;
     case CLAIM_GROUP_BUSY: step(moves, s, slot, FREE, AT_REST, 0, "claim waits"); break;
     case CLAIM_TAKE_ENDPOINT:
         take(moves, s, slot, x, CLAIM_GOT_ENDPOINT, CLAIM_ENDPOINT_BUSY, tried | 1 << e);

@@ -31,12 +31,9 @@ TRANSACTION_KEYS: Final = ("isolation_level", "readonly")
 OPTIONS_WARNING: Final = (
     "`options` behind a pooler: many refuse or ignore it (PgBouncer); use the group's `settings` instead"
 )
+WARM_WORKERS: Final = 4  # a host has more; a warning where so many would leave nothing of a group to others
 # Group settings that are read, checked and published, and that workers of this version do not act on.
-NOT_IN_EFFECT: Final = (
-    "leak_after",
-    "max_waiting",
-    "per_worker_min",
-)
+NOT_IN_EFFECT: Final = ("leak_after",)
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -76,7 +73,7 @@ class _Parts:
 _STAND_INS: Final[Mapping[str, Any]] = {
     "conninfo": "",
     "max_connections": 1,
-    "connections": 1,
+    "connections": MAX_PERMITS,
     "per_worker_max": MAX_PERMITS,
 }
 
@@ -153,6 +150,8 @@ def _group_findings(path: str, group: Group, parts: _Parts) -> Iterator[Finding]
             f"{group.per_worker_min}",
             f"at most per_worker_max, {group.per_worker_max}",
         )
+    if group.reserve >= group.connections:
+        yield Finding(f"{path}.reserve", f"{group.reserve}", f"less than connections, {group.connections}")
     if parts.limits is not None and group.per_worker_max > parts.limits.slots_per_worker:
         yield Finding(
             f"{path}.per_worker_max",
@@ -207,6 +206,12 @@ def _group_warnings(path: str, group: Group, config: Config) -> Iterator[str]:
     services = [name for name in names if config.endpoints[name].address == "service"]
     if services and group.max_lag != MaxLag():
         yield f"{path}.max_lag: has no effect at {', '.join(services)}: a name of several servers has no lag"
+    if group.per_worker_min * WARM_WORKERS > group.connections - group.reserve:
+        served = (group.connections - group.reserve) // group.per_worker_min
+        yield (
+            f"{path}.per_worker_min: {group.per_worker_min} for each worker are all there are for {served} workers,"
+            " and further ones wait: nobody is asked to give them back"
+        )
     for name in NOT_IN_EFFECT:
         if getattr(group, name) != type(group).model_fields[name].default:
             yield f"{path}.{name}: is accepted, but this version does nothing with it yet"

@@ -140,6 +140,7 @@ class Group(Table):
     timeout: DurationOrZero = 5.0
     after_wait: DurationOrZero = 0.05
     max_waiting: Count = 0
+    reserve: Count = 0
     max_lifetime: Duration = 3600.0
     max_idle: Duration = 600.0
     ping_after: DurationOrZero = 30.0

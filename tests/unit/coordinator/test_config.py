@@ -282,6 +282,7 @@ def test_group_names_only_configured_endpoints() -> None:
 def test_per_worker_bounds() -> None:
     """A worker's least is not above its most, and its most not above its slots."""
     assert "at most per_worker_max, 8" in only_finding(with_group(per_worker_min=9))
+    assert only_finding(with_group(connections=4, reserve=4)).endswith("less than connections, 4")
     assert "at most limits.slots_per_worker, 32" in only_finding(with_group(per_worker_max=33))
 
 
@@ -503,6 +504,7 @@ def test_warnings() -> None:
         groups={
             "big": {"connections": 11, "target": "replica", "fallback_connections": 1},
             "other": {"connections": 1},
+            "warm": {"connections": 9, "reserve": 2, "per_worker_min": 2},
         },
     )
     keys = [warning.split(":")[0] for warning in warnings_of(parse(raw, ""))]
@@ -511,6 +513,7 @@ def test_warnings() -> None:
         "groups.big.connections",
         "groups.big.target",
         "groups.big.fallback_connections",  # not with this target
+        "groups.warm.per_worker_min",  # for three workers
         "limits.slots_per_worker",
     ]
 
