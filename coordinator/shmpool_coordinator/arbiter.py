@@ -31,6 +31,10 @@ PATIENCE_S: Final = 1.0  # a worker that did not react for so long is passed ove
 
 TENURE_S: Final = 0.1  # a busy connection stays so long, about twenty times what opening it cost
 
+LONG_USE_S: Final = (
+    0.1  # a checkout that has lasted so long may last much longer: a report, a worker about to be killed
+)
+
 _SINCE: Final = SLOTS.column("since")
 _OPENED_AT: Final = SLOTS.column("opened_at")
 
@@ -55,9 +59,13 @@ class Held:
     group: int
     endpoint: int
     is_idle: bool
-    idle_since: float
+    idle_since: float  # the last checkout
     opened_at: float
     server_generation: int
+
+    def is_in_long_use(self, now: float) -> bool:
+        """Whether it is not expected back soon."""
+        return not self.is_idle and now - self.idle_since >= LONG_USE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +91,9 @@ def choose(
 ) -> list[Held]:
     """Return the connections to recall: at most one for each waiter that no free permit or recall serves yet.
 
-    Idle ones first, longest idle first; then busy ones past their tenure, longest with their worker first; old server
-    generations before new ones in both.  No worker is brought below its group's minimum.
+    Idle ones first, longest idle first; then busy ones past their tenure, longest with their worker first; those in
+    long use last; old server generations before new ones in all three.  A recall of one in long use keeps no waiter
+    from another that is expected sooner.  No worker is brought below its group's minimum.
 
     Args:
         outstanding: what was asked for, by slot.
@@ -99,39 +108,55 @@ def choose(
             kept[h.row, h.group] -= 1
     ranked = sorted(
         (h for h in held if h.slot not in outstanding and (h.is_idle or now - h.opened_at >= TENURE_S)),
-        key=lambda h: (not h.is_idle, h.server_generation, h.idle_since if h.is_idle else h.opened_at),
+        key=lambda h: (
+            not h.is_idle,
+            h.is_in_long_use(now),
+            h.server_generation,
+            h.idle_since if h.is_idle else h.opened_at,
+        ),
     )
-    coming = [r for r in outstanding.values() if now - r.asked_at < PATIENCE_S]
+    in_long_use = {h.slot for h in held if h.is_in_long_use(now)}
+    coming: list[Recall] = []
+    late: list[Recall] = []
+    for slot, recall in outstanding.items():
+        if now - recall.asked_at < PATIENCE_S:
+            (late if slot in in_long_use else coming).append(recall)
     free_groups, free_endpoints = Counter(group_values), Counter(endpoint_values)
     chosen: list[Held] = []
 
-    def served(waiter: Waiter) -> bool:
-        """Use up a free permit or a recall that is under way."""
-        endpoints = usable.get(waiter.group, frozenset())
+    def fits(waiter: Waiter, found: Held | Recall) -> bool:
+        if waiter.for_endpoint:
+            return found.endpoint in usable.get(waiter.group, frozenset())
+        return found.group == waiter.group
+
+    def has_free(waiter: Waiter) -> bool:
+        """Use up a free permit."""
         if not waiter.for_endpoint and free_groups[waiter.group] > 0:
             free_groups[waiter.group] -= 1
             return True
-        for endpoint in sorted(endpoints) if waiter.for_endpoint else ():
+        for endpoint in sorted(usable.get(waiter.group, frozenset())) if waiter.for_endpoint else ():
             if free_endpoints[endpoint] > 0:
                 free_endpoints[endpoint] -= 1
                 return True
-        for recall in coming:
-            if recall.endpoint in endpoints if waiter.for_endpoint else recall.group == waiter.group:
-                coming.remove(recall)
-                return True
         return False
 
+    def is_served(waiter: Waiter, recalls: list[Recall]) -> bool:
+        """Use up a recall that is under way."""
+        recall = next((r for r in recalls if fits(waiter, r)), None)
+        if recall is not None:
+            recalls.remove(recall)
+        return recall is not None
+
     for waiter in waiters:
-        if served(waiter):
+        if has_free(waiter) or is_served(waiter, coming):
             continue
-        endpoints = usable.get(waiter.group, frozenset())
-        for h in ranked:
-            fits = h.endpoint in endpoints if waiter.for_endpoint else h.group == waiter.group
-            if fits and kept[h.row, h.group] > least.get(h.group, 0):
-                kept[h.row, h.group] -= 1
-                ranked.remove(h)
-                chosen.append(h)
-                break
+        best = next((h for h in ranked if fits(waiter, h) and kept[h.row, h.group] > least.get(h.group, 0)), None)
+        if (best is None or best.is_in_long_use(now)) and is_served(waiter, late):
+            continue
+        if best is not None:
+            kept[best.row, best.group] -= 1
+            ranked.remove(best)
+            chosen.append(best)
     return chosen
 
 
