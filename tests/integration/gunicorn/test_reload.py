@@ -63,10 +63,11 @@ def ended_in_order(server: GunicornServer) -> bool:
 
 
 def upgrade(reloads: Reloads, server: GunicornServer) -> int:
-    """USR2, and load on both generations; return the old master's pid."""
+    """USR2, and load on both generations until all new workers have answered; return the old master's pid."""
     reloads.watch.begin()
     old = server.upgrade()
     reloads.wait_for_more()
+    wait_until(lambda: server.workers() <= reloads.clients.workers, within=20, what=lambda: server.log)
     return old
 
 
