@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, Self
 
@@ -25,6 +25,7 @@ CLIENTS: Final = 8
 REQUEST: Final = "/slow?ms=5"
 LOOK_EVERY_S: Final = 0.005
 FURTHER: Final = 40  # requests after a reload
+STEP_S: Final = 20.0
 EXTRA: Final = f"""
 [probe]
 conninfo = "user={SUPERUSER}"
@@ -58,9 +59,10 @@ class TightRole(Role):
         return int(self.server.execute(f"{found} AND query LIKE '{pattern}'")[0][0])
 
 
-def tight_config(pool: str, role: TightRole) -> str:
+def tight_config(pool: str, role: TightRole, *, per_worker_min: int = 0) -> str:
     """Return a configuration with as many connections as the role's sessions, in the group and at the endpoint."""
-    group = f'connections = {role.sessions_max}\ntarget = "any"\nautocommit = true\ntimeout = "10s"'
+    group = f'connections = {role.sessions_max}\ntarget = "any"\nautocommit = true\ntimeout = "10s"\n'
+    group += f"per_worker_min = {per_worker_min}"
     return pool_config(pool, {"pg1": endpoint_keys(role.conninfo, role.sessions_max)}, {"read": group}, EXTRA)
 
 
@@ -118,7 +120,11 @@ class Reloads:
     def wait_for_more(self, count: int = FURTHER) -> None:
         """Return when so many further requests were answered."""
         seen = self.clients.served
-        wait_until(lambda: self.clients.served >= seen + count, within=20, what=lambda: self.server.log)
+        self.wait_until(lambda: self.clients.served >= seen + count)
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Wait for a step of a reload."""
+        wait_until(condition, within=STEP_S, what=lambda: f"{self.clients.failures} {self.server.log}")
 
     def is_handed_over(self) -> bool:
         """Whether only workers of now have rows, newer ones than at the last `begin`, and no permit is missing."""

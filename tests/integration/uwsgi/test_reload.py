@@ -11,7 +11,6 @@ import pytest
 
 from tests.support.reloads import TightRole, tight_config, under_load
 from tests.support.uwsgi import UwsgiServer, requires_uwsgi, running_uwsgi
-from tests.support.waiting import wait_until
 from tools.pg_cluster import Server
 
 WORKERS = 4
@@ -34,7 +33,7 @@ def ended_in_order(server: UwsgiServer) -> bool:
     return coordinator is not None and coordinator.reaped_rows == 0
 
 
-@pytest.mark.parametrize("role", [WORKERS], indirect=True, ids=[""])
+@pytest.mark.parametrize("role", [WORKERS], indirect=True, ids=str)
 @pytest.mark.parametrize("options", [(), ("--lazy-apps", "--threads", "2")], ids=["plain", "lazy-apps, threads"])
 def test_reload_in_place_fails_no_request_and_keeps_the_cap(
     role: TightRole, pool_name: str, tmp_path: Path, options: tuple[str, ...]
@@ -42,7 +41,7 @@ def test_reload_in_place_fails_no_request_and_keeps_the_cap(
     """SIGHUP executes the master anew, with its pid: the next mule adopts the pool, the server generation grows."""
     config = tight_config(pool_name, role)
     with running_uwsgi(tmp_path, pool_name, config, "--processes", str(WORKERS), *options) as server:
-        with under_load(server, role, f"uWSGI, SIGHUP {' '.join(options)}") as reloads:
+        with under_load(server, role, " ".join(("uWSGI, SIGHUP", *options))) as reloads:
             for _ in range(2):
                 reloads.watch.begin()
                 server.reload()
@@ -55,7 +54,7 @@ def test_reload_in_place_fails_no_request_and_keeps_the_cap(
     assert "Traceback" not in server.log
 
 
-@pytest.mark.parametrize("role", [FEW], indirect=True, ids=[""])
+@pytest.mark.parametrize("role", [FEW], indirect=True, ids=str)
 @pytest.mark.parametrize("by", ["FIFO", "touched file"])
 def test_chain_reload_fails_no_request_and_keeps_the_cap(
     role: TightRole, pool_name: str, tmp_path: Path, by: str
@@ -74,7 +73,7 @@ def test_chain_reload_fails_no_request_and_keeps_the_cap(
             else:
                 later = time.time() + 5  # uWSGI compares whole seconds
                 os.utime(touched, (later, later))
-            wait_until(lambda: COMPLETE in server.log, within=30, what=lambda: server.log)
+            reloads.wait_until(lambda: COMPLETE in server.log)
         assert reloads.clients.failures == []
         assert ended_in_order(server)
         assert server.mules() == mules

@@ -8,9 +8,20 @@ from typing import Any
 import pytest
 
 from shmpool.layout import GROUPS, RECALL_WORDS
-from shmpool.states import Use
+from shmpool.rows import Server
+from shmpool.states import ServerKind, Use
 from shmpool.words import UseWord
-from shmpool_coordinator.arbiter import LONG_USE_S, PATIENCE_S, Arbiter, Held, Recall, Waiter, choose, waiting_groups
+from shmpool_coordinator.arbiter import (
+    LONG_USE_S,
+    PATIENCE_S,
+    Arbiter,
+    Held,
+    Recall,
+    Waiter,
+    choose,
+    find_overlapping,
+    waiting_groups,
+)
 from tests.support.desk import Desk, config_of, desk
 
 NOW = 1000.0
@@ -103,6 +114,30 @@ def test_a_recall_of_a_connection_in_long_use_is_not_waited_for() -> None:
 def test_minimum_of_a_worker_is_kept() -> None:
     """No worker is brought below its group's minimum."""
     assert chosen([waiter(9), waiter(8)], [held(1, row=1), held(2, row=1)], least={0: 1}) == [1]
+
+
+def test_nobody_keeps_a_minimum_beside_another_generation() -> None:
+    """While old and new workers serve side by side, what each would keep is there for all; the old ones' goes first."""
+    connections = [held(1, row=1, server_generation=2), held(2, row=2, server_generation=1), held(3, row=3)]
+    assert chosen([waiter(9), waiter(8)], connections, least={0: 1}) == []
+    assert chosen([waiter(9), waiter(8), waiter(7)], connections, least={0: 1}, overlapping={1, 2}) == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("servers", "expected"),
+    [
+        ([(100, 1), (100, 1)], []),
+        ([(100, 1), (100, 2)], [0, 1]),  # HUP
+        ([(100, 1), (200, 2)], [0, 1]),  # USR2: 200 is a child of 100
+        ([(100, 1), (300, 2)], []),  # another service
+        ([(100, 1), (300, 2), (300, 2), (300, 1)], [1, 2, 3]),
+    ],
+)
+def test_whose_generations_overlap(servers: list[tuple[int, int]], expected: list[int]) -> None:
+    """Those of one Gunicorn, be it of one master or of the two of an upgrade; not of two services."""
+    parents = {100: 1, 200: 100, 300: 1}
+    rows = {row: Server(ServerKind.GUNICORN, pid, generation) for row, (pid, generation) in enumerate(servers)}
+    assert sorted(find_overlapping(rows, parents.get)) == expected
 
 
 def test_free_permits_serve_waiters_first() -> None:
