@@ -2,7 +2,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-uwsgi run run-uwsgi demo test check bench venv-bench bench-failover crash model chaos layout clean
+.PHONY: help venv venv-uwsgi run run-uwsgi demo test check bench venv-bench bench-failover bench-peers crash model chaos layout clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,11 +31,14 @@ check: venv-uwsgi ## run everything that must pass: format, lint, types, layers,
 bench: venv-uwsgi ## measure
 	@$(PY) -m tools.bench
 
-venv-bench: venv ## install the pools that bench-failover compares with
+venv-bench: venv ## install the pools that the comparisons are with
 	@$(PY) tools/bootstrap.py bench
 
 bench-failover: venv-bench ## kill, freeze, promote and return servers under four pools (ten minutes)
 	@$(PY) -m tools.bench failover
+
+bench-peers: venv-bench ## measure requests beside other pools and PgBouncer (a quarter of an hour)
+	@$(PY) -m tools.bench peers $(OPTIONS)
 
 crash: venv      ## run the crash tests at every point
 	@$(PY) -m pytest tests/crash --every-point

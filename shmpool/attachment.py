@@ -35,7 +35,8 @@ from shmpool.segment import Segment, attach, private_page
 from shmpool.semaphores import Semaphore
 from shmpool.settings import EndpointSettings, GroupSettings, PoolSettings
 from shmpool.slots import EndpointPermits, GroupPermits, SlotTable, Token
-from shmpool.states import SegmentState, ServerKind
+from shmpool.states import Role, SegmentState, ServerKind
+from shmpool.trials import Trials
 
 _EVIDENCE_CHARS: Final = 200
 _ROWS_MAX: Final = 16  # rows that one process may take, if one is not enough for its threads
@@ -147,6 +148,7 @@ class Attachment:
         self.table = SlotTable(segment, self.page, token_type)
         self.opened_by = _callers()
         self.users: weakref.WeakSet[Resting] = weakref.WeakSet()  # pools with idle connections here
+        self.trials = Trials()
         self._background: Background | Rounds | None = None
         self._semaphores: dict[str, Semaphore] = {}
         self._rows = threading.Lock()
@@ -323,6 +325,11 @@ class Attachment:
         """Tell the coordinator that an endpoint did not serve."""
         if self._background is not None:
             self._background.say("evidence", endpoint=endpoint, error=error[:_EVIDENCE_CHARS])
+
+    def say_served(self, endpoint: int, role: Role) -> None:
+        """Tell the coordinator that an endpoint took a connection that was tried against its advice."""
+        if self._background is not None:
+            self._background.say("served", endpoint=endpoint, role=int(role))
 
     def rest(self) -> int:
         """Give idle connections back; return how many there were."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from shmpool.clock import monotonic
 from shmpool.layout import ENDPOINTS, HEADER, SLOT_WORDS
 from shmpool.position import Standing
+from shmpool.replication import Server, is_disputed, is_superseded
 from shmpool.routing import Candidate
 from shmpool.segment import Segment
 from shmpool.settings import EndpointSettings
@@ -58,6 +59,24 @@ def read_candidates(
 ) -> list[Candidate]:
     """Return what is known of every endpoint."""
     return [read_candidate(segment, e, permits[e.index]) for e in settings]
+
+
+def epoch_of(segment: Segment, index: int) -> int:
+    """Return an endpoint's epoch."""
+    return Status.of(segment.words[status_at(segment, index)]).epoch
+
+
+def is_overtaken(segment: Segment, settings: tuple[EndpointSettings, ...], index: int) -> bool:
+    """Whether an endpoint was last seen as a primary that another one supersedes, or disputes, whatever its health."""
+
+    def server(of: int) -> Server:
+        at = segment.layout.at(ENDPOINTS, of)
+        row = {column.name: segment.words[at + i] for i, column in enumerate(ENDPOINTS.columns)}
+        return Server.of(row | {"status": Status.of(row["status"])})
+
+    mine = server(index)._replace(is_out=True)  # of two that disputed, nobody can tell now which one may stay
+    others = [server(e.index) for e in settings if e.index != index and e.max_connections]
+    return is_superseded(mine, others) or is_disputed(mine, others)
 
 
 def count_held(segment: Segment, group: GroupPermits, endpoint: EndpointPermits) -> int:

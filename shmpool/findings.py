@@ -183,7 +183,7 @@ def _endpoint_findings(endpoint: EndpointReport) -> Iterator[Finding]:
             Level.DEGRADED,
             "endpoint-down",
             f"{subject} is DOWN{since} ({verdict})",
-            "no connection goes there",
+            "no connection goes there, but that workers try it now and then where nothing else is eligible",
             "see that the server runs and can be reached from this host",
         )
     elif endpoint.health is Health.UNKNOWN and endpoint.verdict not in _MISCONFIGURED:

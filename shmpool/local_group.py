@@ -278,7 +278,8 @@ class LocalGroup:
             raise DisownedError("this group was replaced, or the attachment is not this process's any more")
         self._be_polite(deadline)
         route = self.router.route(attempt)
-        token = self._take_token() if route.order else None
+        has_nowhere = not route.order and (not route.last_resort or (attempt.has_tried and monotonic() >= deadline))
+        token = None if has_nowhere else self._take_token()
         if token is None:
             if scout is not None:
                 scout.sleep(deadline - monotonic())
@@ -314,7 +315,6 @@ class LocalGroup:
             is_over = self.is_retired or not self.attachment.is_current()
             return bool((self.idle and not is_choosy) or scout.handed) or relieved or is_over
 
-        self.attachment.say_waiting(self.permits.index)
         return self.table.wait(
             token,
             self.permits,
@@ -322,6 +322,7 @@ class LocalGroup:
             deadline,
             is_done=is_done,
             queued=lambda: max(0, len(self.queue.waiters) - 1),  # this one may just be out of the queue, to be served
+            tell=lambda: self.attachment.say_waiting(self.permits.index),
         )
 
     def _take_token(self) -> Lease | None:
@@ -339,7 +340,7 @@ class LocalGroup:
         return token
 
     def _permits_of(self, route: Route) -> list[EndpointPermits]:
-        return [self.attachment.endpoints[index] for index in route.order if index in self.recipes]
+        return [self.attachment.endpoints[i] for i in route.order or route.last_resort if i in self.recipes]
 
     def give_up(self, attempt: Attempt, waited: float) -> Exception:
         """Return the error that tells best why nothing came in time."""
@@ -347,7 +348,7 @@ class LocalGroup:
         if attempt.failures:
             return next(reversed(attempt.failures.values()))
         if attempt.route is not None and not attempt.route.order:
-            return NoEligibleEndpoint(self.settings.name, self.settings.target, attempt.route.refusals)
+            return NoEligibleEndpoint(self.settings.name, self.settings.target, self.router.reasons(attempt.route))
         return PoolTimeout(describe_group(self.attachment.segment, self.settings.name, self.permits, waited))
 
     def _count_timeout(self) -> None:

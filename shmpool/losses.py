@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from psycopg2 import DatabaseError
+from psycopg2.errorcodes import READ_ONLY_SQL_TRANSACTION
 from psycopg2.extensions import (
     STATUS_READY,
     TRANSACTION_STATUS_IDLE,
@@ -46,6 +47,8 @@ SESSION_PROPERTIES: Final = ("autocommit", "isolation_level", "readonly", "defer
 def tell(conn: TellingConnection, error: DatabaseError, *, is_open: bool, is_sent: bool, may_have_ended: bool) -> None:
     """Raise what is known if the connection was lost with a call that failed; return if it was not.
 
+    A write that was refused as such puts the server's role in doubt.
+
     Args:
         is_open: a transaction was.
         is_sent: a statement was, in this transaction or without one.
@@ -66,6 +69,8 @@ def tell(conn: TellingConnection, error: DatabaseError, *, is_open: bool, is_sen
         conn.failure = weakref.ref(lost)
         raise lost from reason
     conn.failure = weakref.ref(error)
+    if error.pgcode == READ_ONLY_SQL_TRANSACTION and conn.doubt_role is not None:
+        conn.doubt_role()
 
 
 def _is_lost(conn: TellingConnection, error: DatabaseError) -> bool:
@@ -138,6 +143,7 @@ class TellingConnection(connection):
     endpoint: str = ""
     is_cut: bool  # this side shut the socket down: the end of the stream says nothing about the server's end
     commits: int = 0  # grows whenever work may have been made to last
+    doubt_role: Callable[[], None] | None = None  # called where a primary refuses a write
     failure: weakref.ref[Exception] | None = None  # what left the last call that failed
     _cursor_factory: Any = None  # the application's own
 

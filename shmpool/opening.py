@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 import psycopg2
+from psycopg2.extensions import make_dsn, parse_dsn
 
 from shmpool import slots
 from shmpool.bounded import BoundedConnection
@@ -33,13 +34,14 @@ from shmpool.endpoints import status_at
 from shmpool.lease import Lease, give_back
 from shmpool.router import Attempt
 from shmpool.routing import is_role_allowed
-from shmpool.states import Admin, Use
+from shmpool.states import Admin, Role, Use
 from shmpool.words import Status
 
 if TYPE_CHECKING:
     from shmpool.local_group import LocalGroup
 
 LIFETIME_JITTER: Final = 0.05
+LEAST_CONNECT_S: Final = 2  # libpq takes 1 for 2
 REFUSED_PAUSE_S: Final = 0.05  # between rounds in which every eligible endpoint refused
 _PID_MASK: Final = 0xFFFFFFFF  # a pooler makes numbers up, negative ones too
 _PASSING: Final = (
@@ -65,12 +67,15 @@ def open_lease(group: LocalGroup, token: Lease, attempt: Attempt, deadline: floa
     name = application_name(settings.application_name, group.pool.name, row, generation, slot)
     token.status_at = status_at(attachment.segment, endpoint.index)
     token.status = group.table.words[token.status_at]
-    if Status.of(token.status).admin is not Admin.READY:  # drained since it was chosen
+    status = Status.of(token.status)
+    is_trial = attempt.is_trial(endpoint.index)
+    is_late = is_trial and not attachment.trials.begin(endpoint.index, status.epoch)  # another thread just tries it
+    if status.admin is not Admin.READY or is_late:  # drained since it was chosen
         _let_go_unopened(group, token, is_over=True)
         return None
     began = monotonic()
     try:
-        conn = _connect(group, recipe, name, deadline)
+        conn = _connect(group, recipe, name, deadline, is_trial=is_trial)
     except (ConnectFailedError, CredentialsError) as error:
         group.table.words[token.detail_at + slots.ERRORS] += 1
         _let_go_unopened(group, token, is_over=error.is_over)
@@ -94,6 +99,8 @@ def open_lease(group: LocalGroup, token: Lease, attempt: Attempt, deadline: floa
     except BaseException:
         give_back(token)
         raise
+    if is_trial:
+        attachment.say_served(endpoint.index, Role.UNKNOWN if recipe.endpoint.address == "service" else role)
     if not is_role_allowed(settings.target, role):
         give_back(token)
         is_service = recipe.endpoint.address == "service"
@@ -103,17 +110,26 @@ def open_lease(group: LocalGroup, token: Lease, attempt: Attempt, deadline: floa
         )
         _refused(group, endpoint.index, wrong, attempt, deadline)
         return None
+    if is_trial:
+        attachment.trials.succeeded(endpoint.index)
+    if settings.target == "primary" and not settings.readonly:
+        conn.doubt_role = lambda: group.attachment.say_evidence(endpoint.index, "a write was refused (25006)")
     group.router.trust(endpoint.index)
     return token
 
 
-def _connect(group: LocalGroup, recipe: Recipe, name: str, deadline: float) -> Connection:
+def _connect(group: LocalGroup, recipe: Recipe, name: str, deadline: float, *, is_trial: bool) -> Connection:
     """Read the secrets and connect; once more, a moment later, where they may just be being replaced.
+
+    Args:
+        is_trial: little hope: it is not to take much longer than the caller has time.
 
     Raises:
         ConnectFailedError, CredentialsError: that failed, too, or there was no time for it.
     """
     endpoint, used = recipe.endpoint, None
+    if is_trial:
+        recipe = recipe._replace(dsn=_bounded_dsn(recipe.dsn, deadline))
     try:
         used = read_secrets(endpoint, group.pool.credentials)
         return open_connection(recipe, name, used)
@@ -126,6 +142,13 @@ def _connect(group: LocalGroup, recipe: Recipe, name: str, deadline: float) -> C
         if used is not None and not may_be_cured(str(error), used, now):
             raise
         return open_connection(recipe, name, now)
+
+
+def _bounded_dsn(dsn: str, deadline: float) -> str:
+    """Return a conninfo whose connect takes no longer than it says, nor than there is time (libpq knows seconds)."""
+    left = max(LEAST_CONNECT_S, int(deadline - monotonic()))
+    own = int(parse_dsn(dsn).get("connect_timeout") or 0)
+    return make_dsn(dsn, connect_timeout=min(own, left) if own > 0 else left)
 
 
 def _bound(group: LocalGroup, conn: Connection, endpoint: int) -> None:
@@ -184,8 +207,13 @@ def _refused(
 ) -> None:
     """Note that an endpoint did not serve; pause once a round, and tell the coordinator.
 
-    That a name of several servers led to the wrong one says nothing against it, and is tried once more at once.
+    That a name of several servers led to the wrong one says nothing against it, and is tried once more at once.  Of an
+    endpoint that is DOWN nobody is told anything new.
     """
+    if attempt.is_trial(endpoint):
+        attempt.has_tried = True
+        group.attachment.trials.failed(endpoint, error)
+        return
     again = endpoint in attempt.failures
     attempt.failures[endpoint] = error
     if not isinstance(error, WrongServerError):

@@ -1,7 +1,7 @@
 """Which endpoints a group of this process goes to, and which of its idle connections had better be elsewhere.
 
 What the segment tells (endpoints.py) is handed to the rules (routing.py); beside it stands what this process met: an
-endpoint that refused lately is tried last.
+endpoint that refused lately is tried last, and one that is DOWN is tried for want of others, with backoff (trials.py).
 
 Threads.  Any thread asks; single attribute and item stores carry what is shared.
 Health is advice: with a stale coordinator nothing is moved, and the rules take health, roles and lag as unknown.
@@ -17,7 +17,7 @@ import psycopg2
 from shmpool.attachment import Attachment
 from shmpool.chance import chance
 from shmpool.clock import monotonic
-from shmpool.endpoints import count_held, heartbeat_age, read_candidates
+from shmpool.endpoints import count_held, epoch_of, heartbeat_age, is_overtaken, read_candidates
 from shmpool.routing import Candidate, Route, choose, is_fallback_spent, is_too_slow, should_move
 from shmpool.settings import GroupSettings
 from shmpool.slots import GroupPermits
@@ -34,12 +34,17 @@ class Attempt:
         only: the endpoints that it may try; default: all that are eligible.
     """
 
-    __slots__ = ("failures", "only", "route")
+    __slots__ = ("failures", "has_tried", "only", "route")
 
     def __init__(self, only: Collection[int] | None = None) -> None:
         self.only = only
         self.route: Route | None = None
         self.failures: dict[int, psycopg2.OperationalError] = {}
+        self.has_tried = False  # an endpoint that is DOWN
+
+    def is_trial(self, endpoint: int) -> bool:
+        """Whether an endpoint is tried though it is DOWN."""
+        return self.route is not None and endpoint in self.route.last_resort
 
 
 class Router:
@@ -70,8 +75,26 @@ class Router:
             order = tuple(index for index in order if index in attempt.only)
         elif not avoided >= set(order) - route.spare:
             order = tuple(index for index in order if index not in route.spare)
-        attempt.route = Route(order, route.refusals)
+        attempt.route = Route(order, route.refusals, last_resort=self._due(route.last_resort, attempt))
         return attempt.route
+
+    def _due(self, last_resort: tuple[int, ...], attempt: Attempt) -> tuple[int, ...]:
+        """Return the endpoints that are DOWN and that this process may try now."""
+        attachment = self._attachment
+        return tuple(
+            index
+            for index in last_resort
+            if (attempt.only is None or index in attempt.only)
+            and attachment.trials.is_due(index, epoch_of(attachment.segment, index))
+            and not is_overtaken(attachment.segment, attachment.settings.endpoints, index)
+        )
+
+    def reasons(self, route: Route) -> dict[str, str]:
+        """Say why each endpoint does not serve, and what came of trying it all the same."""
+        segment, trials = self._attachment.segment, self._attachment.trials
+        indexes = {e.name: e.index for e in self._attachment.settings.endpoints}
+        told = {name: trials.told(indexes[name], epoch_of(segment, indexes[name])) for name in route.refusals}
+        return {name: f"{reason}; {told[name]}" if told[name] else reason for name, reason in route.refusals.items()}
 
     def avoid(self, endpoint: int) -> None:
         """Try an endpoint last for a while: it just refused."""

@@ -12,6 +12,8 @@ bound on falling back count as unknown, and whoever opens a connection checks th
   bounded only where the configuration gives a number.
 - *Spare*.  A `backup`, and an endpoint of weight 0, serve only while no other endpoint is eligible or takes
   connections; that the others are full is no reason to use them.
+- *Last resort*.  Where nothing is eligible, endpoints that only the probes' verdict keeps out, which may be wrong:
+  workers try them for themselves now and then.  What their role was when they were seen last counts for the order.
 - *Shares*.  Among equals, new connections follow the weights: by use (least-connections), by turns spread evenly
   (round-robin), by chance (weighted).
 """
@@ -51,6 +53,7 @@ class Route(NamedTuple):
     order: tuple[int, ...]
     refusals: dict[str, str]
     spare: frozenset[int] = frozenset()  # those in `order` to be tried only if none of the others serves
+    last_resort: tuple[int, ...] = ()  # where `order` is empty: those that are DOWN and no more than that
 
 
 def _nothing_held(_endpoint: int) -> int:
@@ -64,11 +67,24 @@ def is_role_allowed(target: Target, role: Role) -> bool:
 
 def refusal(group: GroupSettings, candidate: Candidate, is_stale: bool) -> str | None:
     """Return why an endpoint is not eligible for a group, whatever the others are, None if it is."""
-    return _standing(group, candidate, is_stale) or (None if is_stale else _slowness(group, candidate))
+    return _standing(group, candidate, is_stale) or (None if is_stale else slowness(group, candidate))
 
 
 def _standing(group: GroupSettings, candidate: Candidate, is_stale: bool) -> str | None:
     """Return why an endpoint is not eligible for a group, but for its lag; None if it is."""
+    reason = _exclusion(group, candidate)
+    if reason is not None or is_stale:
+        return reason
+    status = candidate.status
+    if status.health is Health.DOWN:
+        return f"DOWN ({status.verdict.name.lower()})"
+    if not is_role_allowed(group.target, status.role):
+        return f"is a {status.role.name.lower()}, the group wants {group.target}"
+    return None
+
+
+def _exclusion(group: GroupSettings, candidate: Candidate) -> str | None:
+    """Return why an endpoint must not be used by a group, whatever its server says; None if it may be."""
     status = candidate.status
     if group.endpoints and candidate.settings.name not in group.endpoints:
         return "not among the group's endpoints"
@@ -78,16 +94,10 @@ def _standing(group: GroupSettings, candidate: Candidate, is_stale: bool) -> str
         return f"{status.admin.name.lower()} by its administrators"
     if status.verdict is Verdict.ROLE_CONFLICT:
         return "claims to be the primary, as another one of its cluster does"
-    if is_stale:
-        return None
-    if status.health is Health.DOWN:
-        return f"DOWN ({status.verdict.name.lower()})"
-    if not is_role_allowed(group.target, status.role):
-        return f"is a {status.role.name.lower()}, the group wants {group.target}"
     return None
 
 
-def _slowness(group: GroupSettings, candidate: Candidate) -> str | None:
+def slowness(group: GroupSettings, candidate: Candidate) -> str | None:
     """Return by how much a replica lags more than the group allows, None if it does not."""
     if candidate.status.role is not Role.REPLICA:
         return None
@@ -180,7 +190,7 @@ def is_too_slow(
 
     While every endpoint that the group may use does, they stay where they are.
     """
-    slow = {c.settings.index for c in candidates if _slowness(group, c) is not None}
+    slow = {c.settings.index for c in candidates if slowness(group, c) is not None}
     if current not in slow:
         return False
     return any(index not in slow for index in choose(group, candidates, is_stale=False, groups=groups, held=held).order)
@@ -219,7 +229,7 @@ def choose(
     for candidate in candidates:
         reason = _standing(group, candidate, is_stale)
         if reason is None and not is_stale:
-            reason = _slowness(group, candidate)
+            reason = slowness(group, candidate)
             if reason is not None:
                 slow.append(candidate)
             else:
@@ -231,12 +241,36 @@ def choose(
     if slow and not eligible:
         eligible = [min(slow, key=lambda c: _distance(group, c))]
         del refusals[eligible[0].settings.name]
+    if not eligible:
+        down = [] if is_stale else [c for c in candidates if _is_worth_trying(group, c, candidates, groups, held)]
+        down = sorted(_by_share(group, down, turn, draw), key=lambda c: _hope(group, c))
+        return Route((), refusals, last_resort=tuple(c.settings.index for c in down))
     last = [c for c in eligible if is_spare(c)]
     if len(last) == len(eligible):
         last = [c for c in eligible if c.status.weight == 0]
     spare = frozenset(c.settings.index for c in last) if len(last) < len(eligible) else frozenset()
     ordered = sorted(_by_share(group, eligible, turn, draw), key=lambda c: _rank(group, c))
     return Route(tuple(c.settings.index for c in ordered), refusals, spare)
+
+
+def _is_worth_trying(
+    group: GroupSettings,
+    candidate: Candidate,
+    candidates: Sequence[Candidate],
+    groups: Sequence[GroupSettings],
+    held: Callable[[int], int],
+) -> bool:
+    """Whether nothing but being DOWN keeps an endpoint out; a role that was seen before that is old."""
+    return (
+        candidate.status.health is Health.DOWN
+        and _exclusion(group, candidate) is None
+        and _overdraft(group, candidate, candidates, groups, held) is None
+    )
+
+
+def _hope(group: GroupSettings, candidate: Candidate) -> tuple[bool, bool, bool, bool]:
+    """Return the order of endpoints that are DOWN; the lesser is the better."""
+    return not is_role_allowed(group.target, candidate.status.role), *_rank(group, candidate)
 
 
 def _rank(group: GroupSettings, candidate: Candidate) -> tuple[bool, bool, bool]:

@@ -531,6 +531,7 @@ class SlotTable:
         deadline: float,
         is_done: Callable[[], bool] = lambda: False,
         queued: Callable[[], int] = lambda: 0,
+        tell: Callable[[], None] = lambda: None,
     ) -> bool:
         """Claim, sleeping on the group's bells in slices, until granted, `deadline` or `is_done()`.
 
@@ -541,6 +542,7 @@ class SlotTable:
             deadline: on the monotonic clock.
             is_done: asked before each slice: something better than a permit turned up.
             queued: how many threads wait behind this one, for status.
+            tell: called once this thread is seen to wait.
         """
         detail = token.detail_at
         outcome = self.claim(token, group, route())
@@ -548,7 +550,7 @@ class SlotTable:
             return True
         self.times[detail + SINCE] = monotonic()
         slices = 0
-        waits_for_endpoint = False
+        waits_for_endpoint = is_told = False
         try:
             while outcome is not Outcome.GRANTED:
                 remaining = deadline - monotonic()
@@ -557,6 +559,9 @@ class SlotTable:
                 waits_for_endpoint = outcome is Outcome.ENDPOINTS_BUSY
                 self.words[detail + QUEUED] = queued()
                 self.words[token.use_at] = UseWord(Use.WAITING, group.index, waits_for_endpoint).word()
+                if not is_told:  # after the word: who is told looks for it at once
+                    is_told = True
+                    tell()
                 sleep_on(group.endpoint_bell if waits_for_endpoint else group.bell, remaining)
                 if not waits_for_endpoint:
                     outcome = self.claim(token, group, route())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +47,24 @@ def nothing_left() -> Iterator[None]:
 def _traces() -> set[str]:
     entries = set(SHARED_MEMORY.glob("*shmpool*"))
     foreign = tuple(_foreign_stems(entries)) if entries else ()
-    return {str(path) for path in entries if not path.name.removeprefix("sem.").startswith(foreign)} | _children()
+    own = [path for path in entries if not path.name.removeprefix("sem.").startswith(foreign)]
+    return {str(path) for path in own if not _is_named_by_another_run(path.name)} | _children()
+
+
+def _is_named_by_another_run(name: str) -> bool:
+    """Whether a number in a pool's name, as tests give them, is the process id of another test run, or of its child."""
+    pool = "".join(name.removeprefix("sem.").split(".")[2:3])
+    return any(_is_another_run(int(number)) for number in re.findall(r"\d+", pool))
+
+
+def _is_another_run(pid: int) -> bool:
+    if pid in _descendants(os.getpid()):
+        return False
+    try:
+        command, environment = (Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ"))
+    except OSError:
+        return False
+    return b"pytest" in command or f"{RUN}=".encode() in environment
 
 
 def _foreign_stems(entries: set[Path]) -> Iterator[str]:

@@ -20,7 +20,7 @@ INSTALL = [VENV_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-versio
 STAMP = os.path.join(VENV, "shmpool.stamp")
 INPUTS = ("pyproject.toml", "constraints.txt")
 UWSGI = os.path.join(VENV, "bin", "uwsgi")
-PEERS = ("pgdbpool", "psycopg", "psycopg_pool", "sqlalchemy")
+PEERS = ("matplotlib", "pgdbpool", "psycopg", "psycopg_pool", "sqlalchemy")
 UWSGI_LOG = os.path.join(VENV, "uwsgi.log")
 
 

@@ -128,7 +128,7 @@ class Daemon:
             self.arbiter,
             self._origin.passwords,
             wake=self._wake,
-            on_new_epoch=lambda: self.control.send_workers("endpoint"),  # to close what rests there
+            on_news=lambda: self.control.send_workers("endpoint"),  # to close what rests there
         )
         self._sent_home: dict[int, int] = {}  # slot words, by slot: what rests at drained endpoints and was asked for
 
@@ -173,7 +173,8 @@ class Daemon:
         """Do everything that is due to the tables once."""
         if self.registry.is_retired and self.registry.is_left():
             self._succeed()
-        self.registry.beat()
+        if self.lookout.has_looked():
+            self.registry.beat()
         hinted, self._ended_rows = self._ended_rows, set()
         self.reaper.tick(hinted)
         self.permits.tick(self.sessions.is_gone)

@@ -13,7 +13,7 @@ from shmpool.clock import monotonic
 from shmpool.errors import MechanismError
 from shmpool.layout import ENDPOINTS
 from shmpool.replication import Lag, Server, is_disputed, is_superseded
-from shmpool.routing import is_role_allowed
+from shmpool.routing import Candidate, is_role_allowed, slowness
 from shmpool.segment import Segment
 from shmpool.settings import EndpointSettings, GroupSettings, PoolSettings
 from shmpool.states import ADMIN_MOVES, Admin, Health, Role, Verdict
@@ -196,6 +196,19 @@ class Endpoints:
         at = self._segment.layout.at(ENDPOINTS, index)
         self._segment.words[at + ENDPOINTS.column("lag_bytes")] = lag.bytes or 0
         self._segment.times[at + ENDPOINTS.column("lag")] = _UNKNOWN_LAG if lag.seconds is None else lag.seconds
+
+    def late(self) -> set[tuple[int, int]]:
+        """Return the pairs of group and endpoint where a replica lags more than the group allows."""
+        known = [(e, self.status(e.index), self.lag(e.index)) for e in self._endpoints]
+        candidates = [Candidate(e, status, 0, lag.seconds, lag.bytes) for e, status, lag in known]
+        return {(g.index, c.settings.index) for g in self._groups for c in candidates if slowness(g, c)}
+
+    def record_serving(self, index: int, health: EndpointHealth) -> None:
+        """Store that an endpoint serves, as a worker told; one that changed its role meanwhile has another timeline."""
+        at = self._segment.layout.at(ENDPOINTS, index)
+        if health.role is not self.status(index).role:
+            self._segment.words[at + ENDPOINTS.column("timeline")] = 0
+        self.judge(index, health)
 
     def has_vacant_role(self) -> bool:
         """Whether some group has no endpoint that is UP in a role that serves it."""

@@ -2,15 +2,15 @@
 
 Pure: no I/O, takes `now`.
 
-    UNKNOWN ──(1 good)────▶ UP ◀──(`rise` good)── DOWN
+    UNKNOWN ──(1 good)────▶ UP ◀──(`rise` good, or served a worker)── DOWN
        └───(`fall` bad, or STARTING)──▶ DOWN ◀──(`fall` bad, or STARTING)── UP
 
 Guarantees.
 - Rise and fall rule health only; a role acts on the first probe that shows it, and stays while
   probes are not answered.  An answer without a role is that of a name of several servers: it has none.
-- No endpoint becomes UP without an answer from its server, nor DOWN but by `fall` bad probes in a
-  row, by one that is refused just after workers lost it, or by a server that says itself that it
-  does not take connections.
+- No endpoint becomes UP without an answer from its server, to a probe or to a worker, nor DOWN but
+  by `fall` bad probes in a row, by one that is refused just after workers lost it, or by a server
+  that says itself that it does not take connections.
 - FULL and MISCONFIGURED never count for fall: a server that refuses one client is alive.
 Assumptions.
 - `now` never goes back (monotonic seconds), and results are passed in the order of their probes.
@@ -174,7 +174,7 @@ def advance(
         now: monotonic seconds, when the probe ended.
         jitter: a random part of the interval to add, -0.1..0.1.
         is_used: workers used the endpoint with success since its last probe; bad probes alone do
-            not take it out.
+            not take it out, and what is DOWN comes back whatever the probe failed for.
         is_reported: workers lost the endpoint a moment ago; a refused probe confirms it and is not
             counted.
         is_urgent: a role is vacant or evidence came in: the next probe follows after `fastinter`.
@@ -206,12 +206,23 @@ def advance(
     return replace(changed, next_probe=now + interval * (1.0 + jitter))
 
 
+def serving(state: EndpointHealth, role: Role, now: float) -> EndpointHealth:
+    """Return the state after a worker got a connection, to a server in this role, whatever the probes say.
+
+    The verdict stays: it takes `fall` bad probes, while nobody uses it with success, to take the endpoint out again.
+    """
+    role = state.role if role is Role.UNKNOWN else role
+    return replace(state, health=Health.UP, role=role, good=0, bad=0, since=now, next_probe=min(state.next_probe, now))
+
+
 def hasten(state: EndpointHealth, at: float) -> EndpointHealth:
     """Return the state with its next probe at `at`, or earlier where it was due earlier."""
     return replace(state, next_probe=min(state.next_probe, at))
 
 
 def _moved(health: Health, sign: Sign, good: int, bad: int, settings: ProbeSettings, *, is_used: bool) -> Health:
+    if is_used and health is Health.DOWN and sign in (Sign.BAD, Sign.NEITHER):
+        return Health.UP
     move = MOVES.get((health, sign))
     if move is None or (sign is Sign.BAD and is_used):
         return health

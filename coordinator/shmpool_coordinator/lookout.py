@@ -33,6 +33,7 @@ from shmpool_coordinator.registry import Registry
 
 EVIDENCE_GAP_S: Final = 0.1  # at most one extra probe per endpoint in this time
 EVIDENCE_HOLDS_S: Final = 1.0  # how long a refused probe confirms what workers told
+LOOK_ANEW_S: Final = 5.0  # after a standstill: who may not be believed for longer than that looks like one that is dead
 JITTER: Final = 0.1
 
 log = logging.getLogger(__name__)
@@ -65,23 +66,25 @@ class Lookout:
         passwords: Passwords | None,
         *,
         wake: Callable[[], None],
-        on_new_epoch: Callable[[], None],
+        on_news: Callable[[], None],
     ) -> None:
         """Watch nothing yet: `configure` begins.
 
         Args:
             passwords: what processes gave with the configuration, if it does not say where they are read.
             wake: makes the event loop call `take_results` (called from any thread).
-            on_new_epoch: told that workers must look at what rests at some endpoint.
+            on_news: told that workers must look at what rests at some endpoint.
         """
         self._registry = registry
         self._endpoints = registry.endpoints
         self._arbiter = arbiter
         self._passwords = passwords
         self._wake = wake
-        self._on_new_epoch = on_new_epoch
+        self._on_news = on_news
         self._watches: dict[int, Watch] = {}
         self._results: queue.SimpleQueue[tuple[Prober, ProbeResult]] = queue.SimpleQueue()
+        self._turned_at = monotonic()
+        self._awake_since = float("-inf")  # before that it stood still: what probes saw until then is old
 
     def configure(self) -> None:
         """Have one prober for each endpoint as it is configured now."""
@@ -143,29 +146,53 @@ class Lookout:
         return not watch.prober.is_busy and not is_maintained
 
     def take_results(self) -> None:
-        """Judge the endpoints by what their probes have handed in."""
+        """Judge the endpoints by what their probes have handed in; called in every turn of the loop."""
+        self._note_standstill()
         while True:
             try:
                 prober, result = self._results.get_nowait()
             except queue.Empty:
                 return
             prober.is_busy = False
+            if prober.began < self._awake_since:
+                continue
             for watch in self._watches.values():
                 if watch.prober is prober:
                     self.advance(watch.settings.index, result)
+
+    def _note_standstill(self) -> None:
+        """After a stop that was longer than workers believe what they read: look anew before they may again."""
+        now, before = monotonic(), self._turned_at
+        self._turned_at = now
+        assert self._registry.settings is not None
+        if now - before <= self._registry.settings.stale_after:
+            return
+        log.warning("stood still for %.1f s, every endpoint is looked at anew", now - before)
+        self._awake_since = now
+        for watch in self._watches.values():
+            watch.health = health.hasten(watch.health, now)
+
+    def has_looked(self) -> bool:
+        """Whether each endpoint that is probed was probed since the last standstill, or that was long ago."""
+        return monotonic() - self._awake_since >= LOOK_ANEW_S or all(
+            watch.health.last_probe is None
+            or watch.health.last_probe >= self._awake_since
+            or self._endpoints.status(watch.settings.index).admin is Admin.MAINT
+            for watch in self._watches.values()
+        )
 
     def advance(self, index: int, result: ProbeResult) -> None:
         """Take in what a probe of an endpoint saw, and what it says of the others."""
         watch = self._watches[index]
         now, began = monotonic(), watch.prober.began
-        could_fall = watch.health.health is Health.UP and health.SIGN_OF_VERDICT[result.verdict] is health.Sign.BAD
+        is_seen = health.SIGN_OF_VERDICT[result.verdict] in (health.Sign.GOOD, health.Sign.CLOSED)
         watch.health = health.advance(
             watch.health,
             result,
             self._registry.config.probe,
             now,
             jitter=random.uniform(-JITTER, JITTER),
-            is_used=could_fall and self._is_used(watch),
+            is_used=not is_seen and self._is_used(watch),
             is_reported=now - watch.evidence <= EVIDENCE_HOLDS_S,
             is_urgent=watch.is_urgent,
         )
@@ -174,7 +201,7 @@ class Lookout:
             watch.health = health.hasten(watch.health, watch.extra_probe)
         if result.verdict is Verdict.LOST and watch.health.bad == 1:
             watch.health = health.hasten(watch.health, now)  # the kept connection: a new one tells more
-        epochs = self._epochs()
+        epochs, late = self._epochs(), self._endpoints.late()
         watch.result = result
         if result.verdict is Verdict.MISCONFIGURED and self._passwords is not None:
             self._passwords.refused(watch.settings.name)
@@ -184,8 +211,8 @@ class Lookout:
             if other is not watch:
                 self._endpoints.judge(other.settings.index, other.health)
             self._tell(other)
-        if self._epochs() != epochs:
-            self._on_new_epoch()
+        if self._epochs() != epochs or self._endpoints.late() != late:
+            self._on_news()
         if self._endpoints.has_vacant_role():
             soon = now + self._registry.config.probe.fastinter
             for other in self._watches.values():
@@ -203,6 +230,9 @@ class Lookout:
         last_probe = watch.health.last_probe
         if last_probe is None:
             return False
+        if watch.health.health is Health.DOWN:  # whoever got a connection all the same
+            taken = self._checkouts(watch, Use.IDLE) | self._checkouts(watch, Use.ACTIVE)
+            return any(opened > last_probe for opened, _ in taken.values())
         before = watch.busy if last_probe > watch.evidence else {}
         watch.busy = self._checkouts(watch, Use.ACTIVE)
         resting = self._checkouts(watch, Use.IDLE)
@@ -279,6 +309,24 @@ class Lookout:
             watch.extra_probe = max(watch.evidence, watch.extra_probe + EVIDENCE_GAP_S)
         watch.is_urgent = True
         watch.health = health.hasten(watch.health, watch.extra_probe)
+        return True
+
+    def take_success(self, index: int, role: Role, pid: int) -> bool:
+        """Let an endpoint that is DOWN serve everybody, as it served a worker; return whether there is such a one.
+
+        It does until nobody succeeds.
+        """
+        watch = self._watches.get(index)
+        if watch is None:
+            return False
+        if watch.health.health is Health.DOWN:
+            log.warning("endpoint %s: is DOWN, and pid %d got a connection", watch.settings.name, pid)
+            watch.health = health.serving(watch.health, role, monotonic())
+            self._endpoints.record_serving(index, watch.health)
+            for other in self._watches.values():
+                self._endpoints.judge(other.settings.index, other.health)
+                self._tell(other)
+            self._on_news()
         return True
 
     def take_password(self, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from shmpool.frames import Message
 from shmpool.layout import WORKERS
 from shmpool.rows import owner_of
-from shmpool.states import Admin
+from shmpool.states import Admin, Role
 from shmpool_coordinator.config import ConfigError
 from shmpool_coordinator.control import Control, Peer, Reply, RequestError
 from shmpool_coordinator.endpoints import UnknownEndpointError
@@ -73,6 +73,7 @@ class Requests:
             "look": self._look,
             "waiting": self._waiting,
             "evidence": self._evidence,
+            "served": self._served,
             "info": self._info,
             "reload": self._reload,
             "admin": self._admin,
@@ -110,6 +111,13 @@ class Requests:
         index = _integer(message, "endpoint")
         if not self._coordinator.lookout.take_evidence(index):
             raise RequestError(f"endpoint {index} is not configured")
+
+    def _served(self, peer: Peer, message: Message) -> None:
+        """A worker got a connection to an endpoint that is DOWN here."""
+        index, role = _integer(message, "endpoint"), _integer(message, "role")
+        is_role = 0 <= role < len(Role)
+        if not is_role or not self._coordinator.lookout.take_success(index, Role(role), peer.pid):
+            raise RequestError(f"endpoint {index} is not configured, or role {role} does not exist")
 
     def _info(self, _peer: Peer, _message: Message) -> Reply:
         return Reply(

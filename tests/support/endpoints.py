@@ -109,10 +109,10 @@ def probes_of(coordinator: CoordinatorProcess, index: int = 0) -> int:
         segment.release()
 
 
-def after_probes(coordinator: CoordinatorProcess, count: int) -> None:
-    """Wait until the first endpoint was probed so many times more."""
-    before = probes_of(coordinator)
-    wait_until(lambda: probes_of(coordinator) >= before + count, within=10, what=lambda: coordinator.log)
+def after_probes(coordinator: CoordinatorProcess, count: int, index: int = 0) -> None:
+    """Wait until an endpoint was probed so many times more."""
+    before = probes_of(coordinator, index)
+    wait_until(lambda: probes_of(coordinator, index) >= before + count, within=10, what=lambda: coordinator.log)
 
 
 def findings(pool: str) -> dict[str, str]:

@@ -58,6 +58,7 @@ class Relay:
         self._threads: list[threading.Thread] = []
         self._is_ending = False
         self._is_resetting = False
+        self._is_hanging_up = False
         self._unanswered = b""  # a request whose answer is kept back, once
         self._start(self._accept)
 
@@ -110,6 +111,16 @@ class Relay:
             yield
         finally:
             self._is_resetting = False
+
+    @contextmanager
+    def hang_ups(self) -> Iterator[None]:
+        """End every connection that is open, and each new one when its client has told its user."""
+        self._is_hanging_up = True
+        self.cut()
+        try:
+            yield
+        finally:
+            self._is_hanging_up = False
 
     def lose_answer_to(self, request: bytes) -> None:
         """Hang up in the place of the server's answer to the next request that contains this; it was carried out."""
@@ -169,6 +180,8 @@ class Relay:
             while data := source.recv(CHUNK_BYTES):
                 if is_client:
                     self._note(data, user)
+                    if self._is_hanging_up and user:
+                        break
                     if self._unanswered and self._unanswered in data:
                         self._unanswered = b""
                         lost.set()

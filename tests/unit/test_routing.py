@@ -96,6 +96,26 @@ def test_stale_health_is_advice() -> None:
     assert "not among" in route(settings, candidate(3), is_stale=True).refusals["pg3"]
 
 
+def test_last_resort() -> None:
+    """Where nothing is eligible, those that are only DOWN may be tried, whatever their role was; it tells the order."""
+    down = candidate(1, Role.REPLICA, health=Health.DOWN)
+    primary = candidate(2, Role.PRIMARY, health=Health.DOWN)
+    settings = group(target="primary")
+    assert route(settings, down, primary).last_resort == (2, 1)
+    assert route(settings, candidate(0), primary).last_resort == (2,), "a replica that is UP is no primary"
+    assert route(settings, down, primary, candidate(3, Role.PRIMARY)).last_resort == ()
+    assert route(settings, down, primary, is_stale=True).last_resort == (), "they are eligible"
+    for changes in (
+        {"admin_operator": Admin.DRAIN},
+        {"verdict": Verdict.ROLE_CONFLICT},
+        {"epoch": 0},
+    ):
+        assert route(settings, candidate(1, Role.PRIMARY, health=Health.DOWN, **changes)).last_resort == ()
+    assert route(group(endpoints=("pg7",)), primary).last_resort == ()
+    reads = group(target="prefer-replica", fallback_connections=2)
+    assert route(reads, candidate(1, Role.PRIMARY, health=Health.DOWN, in_use=2), held=lambda _: 2).last_resort == ()
+
+
 def test_every_endpoint_is_either_routed_or_refused() -> None:
     """A route accounts for each candidate once."""
     found = route(group(target="replica"), candidate(1), candidate(2, Role.PRIMARY), candidate(3, health=Health.DOWN))
@@ -326,3 +346,5 @@ def test_route_promises(found: list[Candidate], target: Any, policy: Any, is_sta
     is_last = [index in chosen.spare for index in chosen.order]
     assert is_last == sorted(is_last)
     assert not chosen.order or not is_last[0]
+    assert not (chosen.order and chosen.last_resort)
+    assert all(c.status.health is Health.DOWN for c in found if c.settings.index in chosen.last_resort)

@@ -219,6 +219,21 @@ def test_waiter_is_woken_by_a_release(pool: Host, table: SlotTable) -> None:
     table.release(token)
 
 
+def test_who_is_told_of_a_waiter_sees_it(pool: Host, table: SlotTable) -> None:
+    """Somebody waits for all to see before it is told, once: who is told looks at once, and not again for a while."""
+    held = pool.hold(table, "write")
+    token = table.take(pool.groups["write"])
+    seen: list[Use] = []
+
+    def tell() -> None:
+        seen.append(use_of(pool, token).use)
+        table.release(held)
+
+    assert table.wait(token, pool.groups["write"], pool.route, monotonic() + 30, tell=tell)
+    assert seen == [Use.WAITING]
+    table.release(token)
+
+
 def test_waiter_for_an_endpoint_says_so(pool: Host, table: SlotTable) -> None:
     """A thread that holds the group permit waits on the endpoint bell, and is shown so."""
     held = [pool.hold(table, "read"), pool.hold(table, "read")]

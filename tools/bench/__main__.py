@@ -72,8 +72,13 @@ def _coordinator(primary: Server, standby: Server) -> Iterator[tuple[str, int]]:
 
 def main() -> None:
     """Run the sections that were asked for, unpinned and pinned to one CPU where that steadies them."""
+    if sys.argv[1:2] == ["peers"]:  # apart: long, and with options of its own
+        from tools.bench.peers.run import main as peers
+
+        peers(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
-    told = f"of: {', '.join(SECTIONS)} (default: all of these), {FAILOVER}"
+    told = f"of: {', '.join(SECTIONS)} (default: all of these), {FAILOVER}; or `peers --help`"
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=told)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="alternating rounds (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help=f"{FAILOVER}: shorter runs")

@@ -6,6 +6,7 @@ import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 ROUNDS = 11
 
@@ -29,12 +30,13 @@ class Quartiles:
 
 
 Measured = dict[str, list[float]]
+Found = TypeVar("Found")
 
 
-def alternate(measures: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> Measured:
+def alternate(measures: Mapping[str, Callable[[], Found]], rounds: int = ROUNDS) -> dict[str, list[Found]]:
     """Call every measure once a round, in an order that turns, after one round that does not count."""
     names = list(measures)
-    found: Measured = {name: [] for name in names}
+    found: dict[str, list[Found]] = {name: [] for name in names}
     for number in range(rounds + 1):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:

@@ -181,6 +181,7 @@ def test_second_primary_on_the_same_timeline(pool_name: str, tmp_path: Path) -> 
             assert endpoint(pool_name, "pg1").verdict is Verdict.OK
             assert "endpoint pg2" in findings(pool_name)["endpoint-role-disputed"]
             assert "endpoint pg2: UP, primary, role_conflict (another primary of its cluster" in coordinator.log
+            after_probes(coordinator, 2, index=1)  # seen once, a server is a newcomer still
             first.restart()
             back_s = seconds_until(lambda: endpoint(pool_name, "pg1").verdict is Verdict.OK, UP_S, coordinator)
             back = time.monotonic()

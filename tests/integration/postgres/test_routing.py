@@ -88,6 +88,42 @@ def test_replica_that_lags_loses_its_reads_and_gets_them_back(pool_name: str, cl
     print(f"\nreplay paused: late after {late_s:.3f} s (bound {LATE_S:.2f}); resumed: level after {level_s:.3f} s")
 
 
+def test_workers_are_told_of_lag(pool_name: str, cluster: Cluster) -> None:
+    """When a replica passes max_lag its idle connections leave within half a second of that, and come back after it."""
+    primary, standby = cluster.primary, cluster.standbys[0]
+    text = pool_config(
+        pool_name,
+        {name: endpoint_keys(s.conninfo()) for name, s in (("pg1", primary), ("pg2", standby))},
+        {"read": f'connections = 8\nmax_lag = "{MAX_LAG_S:g}s"'},
+        EXTRA,
+    )
+    with running_coordinator(text, pool_name) as coordinator, pool_of(pool_name) as pool:
+
+        def is_level() -> bool:
+            return all(e.health is Health.UP for e in endpoints(pool_name)) and endpoints(pool_name)[1].lag == 0.0
+
+        def is_late() -> bool:
+            return (endpoints(pool_name)[1].lag or 0.0) > MAX_LAG_S
+
+        wait_until(is_level, within=10, what=lambda: coordinator.log)
+        for conn in [pool.checkout("read") for _ in range(3)]:
+            assert conn.info.port == standby.port
+            conn.close()
+        standby.execute("select pg_wal_replay_pause()")
+        try:
+            primary.execute("create table lag_of_idle ()")
+            wait_until(is_late, within=10, every=0.005, what=lambda: coordinator.log)
+            wait_until(lambda: pool.statistics()["read"]["idle"] == 0, within=0.5, every=0.005)
+            for conn in [pool.checkout("read") for _ in range(2)]:
+                assert conn.info.port == primary.port
+                conn.close()
+        finally:
+            standby.execute("select pg_wal_replay_resume()")
+            primary.execute("drop table if exists lag_of_idle")
+        wait_until(is_level, within=10, every=0.005)
+        wait_until(lambda: pool.statistics()["read"]["idle"] == 1, within=0.5, every=0.005)
+
+
 def test_reads_without_a_replica_leave_room_on_the_primary(pool_name: str, cluster: Cluster) -> None:
     """Without a replica a group gets half of what primary groups leave; each endpoint tells why there is no more."""
     text = pool_config(

@@ -17,6 +17,7 @@ from shmpool_coordinator.health import (
     Sign,
     advance,
     hasten,
+    serving,
 )
 
 BAD = [verdict for verdict, sign in SIGN_OF_VERDICT.items() if sign is Sign.BAD]
@@ -129,6 +130,20 @@ def test_used_endpoint_stays() -> None:
     assert after(UP, Verdict.STARTING, is_used=True).health == Health.DOWN
 
 
+@pytest.mark.parametrize("verdict", [*BAD, Verdict.MISCONFIGURED])
+def test_down_endpoint_that_serves_workers_comes_back(verdict: Verdict) -> None:
+    """What serves workers is UP whatever the probe failed for, and goes DOWN after `fall` more that nobody belies."""
+    state = after(DOWN, verdict, is_used=True)
+    assert (state.health, state.verdict, state.is_degraded) == (Health.UP, verdict, True)
+    assert after(DOWN, Verdict.STARTING, is_used=True).health is Health.DOWN
+    told = serving(DOWN, Role.PRIMARY, NOW + 9)
+    assert (told.health, told.role, told.verdict, told.since) == (Health.UP, Role.PRIMARY, DOWN.verdict, NOW + 9)
+    assert serving(told, Role.UNKNOWN, NOW).role is Role.PRIMARY
+    for served in (told, after(DOWN, Verdict.TIMEOUT, is_used=True)):
+        assert after(served, Verdict.TIMEOUT, Verdict.TIMEOUT).health is Health.UP
+        assert after(served, *[Verdict.TIMEOUT] * 3).health is Health.DOWN
+
+
 def test_refusal_confirms_what_workers_told() -> None:
     """After evidence one refused probe is enough; any other failure is counted, and success of workers still holds."""
     for verdict, expected in ((Verdict.REFUSED, Health.DOWN), (Verdict.LOST, Health.UP), (Verdict.TIMEOUT, Health.UP)):
@@ -192,6 +207,7 @@ def test_rules_hold_for_every_history(history: list[tuple[Verdict, bool]], setti
     """Health follows from the tail of the history alone, whatever went before."""
     state = EndpointHealth()
     signs: list[Sign] = []
+    used_before = False
     for number, (verdict, is_used) in enumerate(history):
         before = state
         result = ProbeResult(verdict=verdict)
@@ -204,12 +220,14 @@ def test_rules_hold_for_every_history(history: list[tuple[Verdict, bool]], setti
             assert state.since == number
         if state.health == Health.UP and before.health != Health.UP:
             needed = settings.rise if before.health == Health.DOWN else 1
-            assert signs[-needed:] == [Sign.GOOD] * needed
+            served = is_used and before.health == Health.DOWN and signs[-1] in (Sign.BAD, Sign.NEITHER)
+            assert served or signs[-needed:] == [Sign.GOOD] * needed
+            used_before |= served
         if state.health == Health.DOWN and before.health != Health.DOWN and signs[-1] != Sign.CLOSED:
             assert signs[-settings.fall :] == [Sign.BAD] * settings.fall
             assert not is_used
         if state.health == Health.UP:
-            assert Sign.GOOD in signs
+            assert Sign.GOOD in signs or used_before
         if signs[-1] is Sign.CLOSED:
             assert state.health == Health.DOWN
         assert state.good == 0 or state.bad == 0
