@@ -325,6 +325,11 @@ class Server:
     def is_running(self) -> bool:
         return self.pid is not None
 
+    @property
+    def log(self) -> str:
+        """What it printed since it was made."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
     def conninfo(self, **overrides: Any) -> str:
         """Return a libpq connection string; `host=str(server.root)` for the Unix socket."""
         parameters = {"host": self.host, "port": self.port, "user": SUPERUSER, "dbname": "postgres"}

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from shmpool.layout import GROUPS, RECALL_WORDS, SLOT_WORDS, SLOTS, USE_WORDS, WORKERS
+from shmpool.rows import Server, parent_of
 from shmpool.segment import Segment
 from shmpool.settings import PoolSettings
-from shmpool.states import Use
+from shmpool.states import ServerKind, Use
 from shmpool.words import (
     BOTH_YES,
     E_INDEX_SHIFT,
@@ -31,8 +32,13 @@ PATIENCE_S: Final = 1.0  # a worker that did not react for so long is passed ove
 
 TENURE_S: Final = 0.1  # a busy connection stays so long, about twenty times what opening it cost
 
+LONG_USE_S: Final = 0.1  # who has checked out for so long may go on for much longer, or is about to be killed
+
 _SINCE: Final = SLOTS.column("since")
 _OPENED_AT: Final = SLOTS.column("opened_at")
+_SERVER: Final = WORKERS.column("server")
+_SERVER_PID: Final = WORKERS.column("server_pid")
+_SERVER_GENERATION: Final = WORKERS.column("server_generation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +61,13 @@ class Held:
     group: int
     endpoint: int
     is_idle: bool
-    idle_since: float
+    idle_since: float  # the last checkout
     opened_at: float
     server_generation: int
+
+    def is_in_long_use(self, now: float) -> bool:
+        """Whether it is not expected back soon."""
+        return not self.is_idle and now - self.idle_since >= LONG_USE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +89,21 @@ def choose(
     endpoint_values: Mapping[int, int],
     usable: Mapping[int, frozenset[int]],
     least: Mapping[int, int],
+    overlapping: Collection[int] = (),
     now: float,
 ) -> list[Held]:
     """Return the connections to recall: at most one for each waiter that no free permit or recall serves yet.
 
-    Idle ones first, longest idle first; then busy ones past their tenure, longest with their worker first; old server
-    generations before new ones in both.  No worker is brought below its group's minimum.
+    Idle ones first, longest idle first; then busy ones past their tenure, longest with their worker first; those in
+    long use last; old server generations before new ones in all three.  A recall of one in long use keeps no waiter
+    from another that is expected sooner.  No worker is brought below its group's minimum, but in a reload.
 
     Args:
         outstanding: what was asked for, by slot.
         group_values, endpoint_values: permits that a worker may take.
         usable: by group, the endpoints that it can use.
         least: by group, how many connections each worker keeps.
+        overlapping: rows of workers that keep none, as there are older or newer ones beside them for a while.
         now: of the monotonic clock.
     """
     kept = Counter((h.row, h.group) for h in held)
@@ -99,40 +112,73 @@ def choose(
             kept[h.row, h.group] -= 1
     ranked = sorted(
         (h for h in held if h.slot not in outstanding and (h.is_idle or now - h.opened_at >= TENURE_S)),
-        key=lambda h: (not h.is_idle, h.server_generation, h.idle_since if h.is_idle else h.opened_at),
+        key=lambda h: (
+            not h.is_idle,
+            h.is_in_long_use(now),
+            h.server_generation,
+            h.idle_since if h.is_idle else h.opened_at,
+        ),
     )
-    coming = [r for r in outstanding.values() if now - r.asked_at < PATIENCE_S]
+    in_long_use = {h.slot for h in held if h.is_in_long_use(now)}
+    coming: list[Recall] = []
+    late: list[Recall] = []
+    for slot, recall in outstanding.items():
+        if now - recall.asked_at < PATIENCE_S:
+            (late if slot in in_long_use else coming).append(recall)
     free_groups, free_endpoints = Counter(group_values), Counter(endpoint_values)
     chosen: list[Held] = []
 
-    def served(waiter: Waiter) -> bool:
-        """Use up a free permit or a recall that is under way."""
-        endpoints = usable.get(waiter.group, frozenset())
+    def fits(waiter: Waiter, found: Held | Recall) -> bool:
+        if waiter.for_endpoint:
+            return found.endpoint in usable.get(waiter.group, frozenset())
+        return found.group == waiter.group
+
+    def may_give(h: Held) -> bool:
+        return kept[h.row, h.group] > (0 if h.row in overlapping else least.get(h.group, 0))
+
+    def has_free(waiter: Waiter) -> bool:
+        """Use up a free permit."""
         if not waiter.for_endpoint and free_groups[waiter.group] > 0:
             free_groups[waiter.group] -= 1
             return True
-        for endpoint in sorted(endpoints) if waiter.for_endpoint else ():
+        for endpoint in sorted(usable.get(waiter.group, frozenset())) if waiter.for_endpoint else ():
             if free_endpoints[endpoint] > 0:
                 free_endpoints[endpoint] -= 1
                 return True
-        for recall in coming:
-            if recall.endpoint in endpoints if waiter.for_endpoint else recall.group == waiter.group:
-                coming.remove(recall)
-                return True
         return False
 
+    def is_served(waiter: Waiter, recalls: list[Recall]) -> bool:
+        """Use up a recall that is under way."""
+        recall = next((r for r in recalls if fits(waiter, r)), None)
+        if recall is not None:
+            recalls.remove(recall)
+        return recall is not None
+
     for waiter in waiters:
-        if served(waiter):
+        if has_free(waiter) or is_served(waiter, coming):
             continue
-        endpoints = usable.get(waiter.group, frozenset())
-        for h in ranked:
-            fits = h.endpoint in endpoints if waiter.for_endpoint else h.group == waiter.group
-            if fits and kept[h.row, h.group] > least.get(h.group, 0):
-                kept[h.row, h.group] -= 1
-                ranked.remove(h)
-                chosen.append(h)
-                break
+        best = next((h for h in ranked if fits(waiter, h) and may_give(h)), None)
+        if (best is None or best.is_in_long_use(now)) and is_served(waiter, late):
+            continue
+        if best is not None:
+            kept[best.row, best.group] -= 1
+            ranked.remove(best)
+            chosen.append(best)
     return chosen
+
+
+def find_overlapping(servers: Mapping[int, Server], parent: Callable[[int], int | None]) -> set[int]:
+    """Return the worker rows of each Gunicorn with workers from before and after a HUP, or of both masters of a USR2.
+
+    Args:
+        servers: by row, the Gunicorn that its owner works for.
+        parent: tells a process's parent: after USR2 the new master's is the old one.
+    """
+    parents = {server.pid: parent(server.pid) for server in servers.values()}
+    elders = {pid: above if above in parents else pid for pid, above in parents.items()}
+    generations = {(elders[server.pid], server.generation) for server in servers.values()}
+    counts = Counter(elder for elder, _ in generations)
+    return {row for row, server in servers.items() if counts[elders[server.pid]] > 1}
 
 
 class Available(Protocol):
@@ -225,6 +271,7 @@ class Arbiter:
             endpoint_values={e.index: permits.endpoint_available(e.index) for e in settings.endpoints},
             usable=usable,
             least={g.index: g.per_worker_min for g in settings.groups},
+            overlapping=self._overlapping(waiters) if any(g.per_worker_min for g in settings.groups) else (),
             now=now,
         )
         for held in chosen:
@@ -232,6 +279,18 @@ class Arbiter:
             self.segment.words[self._recalls_at + held.slot] = held.word
             self.segment.words[self.segment.layout.at(GROUPS, held.group, "recalls")] += 1
         return {held.row for held in chosen}
+
+    def _overlapping(self, waiters: Sequence[Waiter]) -> set[int]:
+        """Return the rows, of those that hold or want anything, that have another generation beside them."""
+        words, shape = self.segment.words, self.segment.layout
+        slots = words[self._slots_at : self._slots_at + shape.slots].tolist()
+        rows = {slot // shape.slots_per_worker for slot, word in enumerate(slots) if word & FIELDS_MASK}
+        servers = {}
+        for row in rows | {waiter.row for waiter in waiters}:
+            at = shape.at(WORKERS, row)
+            if words[at + _SERVER] == ServerKind.GUNICORN:  # with uWSGI a newer worker follows one that has ended
+                servers[row] = Server(ServerKind.GUNICORN, words[at + _SERVER_PID], words[at + _SERVER_GENERATION])
+        return find_overlapping(servers, parent_of)
 
     def _clear_outdated(self, keep: bool) -> None:
         """Withdraw recalls whose slot has moved on, and all of them once nobody waits."""
@@ -262,7 +321,7 @@ class Arbiter:
                     is_idle=use == Use.IDLE,
                     idle_since=times[detail + _SINCE],
                     opened_at=times[detail + _OPENED_AT],
-                    server_generation=words[shape.at(WORKERS, row, "server_generation")],
+                    server_generation=words[shape.at(WORKERS, row, _SERVER_GENERATION)],
                 )
             )
         return found

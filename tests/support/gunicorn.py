@@ -203,11 +203,16 @@ class Answering(Protocol):
 
 
 class Clients:
-    """Threads that send one request after another (or just one each); `failures` holds what went wrong."""
+    """Threads that send one request after another (or just one each).
+
+    `failures` holds what went wrong, `times` how many seconds each answer took, `workers` who answered.
+    """
 
     def __init__(self, server: Answering, path: str, count: int, *, often: bool = True) -> None:
         self.served = 0
         self.failures: list[str] = []
+        self.times: list[float] = []
+        self.workers: set[int | None] = set()
         self._is_over = not often
         self._server, self._path = server, path
         self._threads = [threading.Thread(target=self._run) for _ in range(count)]
@@ -224,12 +229,15 @@ class Clients:
 
     def _run(self) -> None:
         while True:
+            began = time.monotonic()
             try:
                 status, answer = self._server.request(self._path)
             except (OSError, http.client.HTTPException) as error:
                 self.failures.append(repr(error))
             else:
                 self.served += 1
+                self.times.append(time.monotonic() - began)
+                self.workers.add(answer.get("worker"))
                 if status != 200:
                     self.failures.append(f"{status} {answer}")
             if self._is_over:

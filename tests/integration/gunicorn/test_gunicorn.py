@@ -1,4 +1,4 @@
-"""Gunicorn with one import in its configuration: real masters, workers, servers."""
+"""Gunicorn with one import in its configuration: real masters, workers, servers; test_reload.py has its reloads."""
 
 from __future__ import annotations
 
@@ -77,25 +77,6 @@ def test_a_killed_workers_permits_return_and_its_replacement_works(
     assert "Traceback" not in server.log
 
 
-def test_reload_under_load_fails_no_request_and_keeps_the_cap(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
-    """HUP starts all new workers before the old ones end; together they stay within the cap."""
-    config = example_config(pool_name, servers, read=CAP)
-    with running_gunicorn(tmp_path, pool_name, config, "--workers", "2") as server:
-        server.use_all_workers()
-        before = set(server.rows().values())
-        with Sampler(servers, pool_name) as sampler, Clients(server, "/slow?ms=5", 4) as clients:
-            for _ in range(2):
-                server.reload()
-                seen = clients.served
-                wait_until(lambda seen=seen: clients.served > seen + 50, within=10)  # type: ignore[misc]
-        assert clients.failures == []
-        assert sampler.most <= CAP
-        server.use_all_workers()
-        after = {generation for pid, generation in server.rows().items() if pid in server.workers()}
-        assert min(after) > max(before), "the server generation grows with each reload"
-        wait_until(server.is_whole, within=10)
-
-
 def test_a_preloading_master_gives_back_what_it_opened(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
     """An application that queries at import leaves nothing with the master, and the log says who did it."""
     (tmp_path / "eager.py").write_text("from app import application, read_entries\nread_entries()\n")
@@ -130,29 +111,6 @@ def test_a_worker_that_ends_in_order_gives_back_everything(servers: Cluster, poo
         coordinator = server.status().coordinator
         assert coordinator is not None
         assert coordinator.reaped_rows == 0
-
-
-def test_usr2_hands_over_to_a_second_master(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
-    """Two masters share one coordinator and one cap under load; the old one's end removes nothing."""
-    config = example_config(pool_name, servers, read=CAP)
-    with running_gunicorn(tmp_path, pool_name, config, "--workers", "2") as server:
-        server.use_all_workers()
-        before = max(server.rows().values())
-        coordinator = request(server.names, "info")["pid"]
-        with Sampler(servers, pool_name) as sampler, Clients(server, "/slow?ms=5", 4) as clients:
-            old = server.upgrade()
-            seen = clients.served
-            wait_until(lambda: clients.served > seen + 50, within=10)
-            os.kill(old, signal.SIGTERM)
-            wait_until(lambda: start_time(old) is None, within=20)
-            served = clients.served
-            wait_until(lambda: clients.served > served + 50, within=10)
-        assert clients.failures == []
-        assert sampler.most <= CAP
-        assert request(server.names, "info")["pid"] == coordinator
-        server.use_all_workers()
-        assert all(generation > before for generation in server.rows().values())
-        assert server.is_whole()
 
 
 def stuck_sessions(cluster: Cluster, pool: str) -> set[int]:

@@ -1,4 +1,4 @@
-"""uWSGI with the coordinator as its mule: real masters, workers, mules, servers."""
+"""uWSGI with the coordinator as its mule: real masters, workers, mules, servers; test_reload.py has its reloads."""
 
 from __future__ import annotations
 
@@ -229,55 +229,7 @@ def test_a_mule_without_a_usable_configuration_says_so_and_pauses(
         stop_coordinator(server.names)
 
 
-# -- reloads, and other ends of workers
-
-
-@pytest.mark.parametrize("options", [[], ["--lazy-apps"]], ids=["plain", "lazy-apps"])
-def test_reload_in_place_fails_no_request_and_keeps_the_cap(
-    servers: Cluster, pool_name: str, tmp_path: Path, options: list[str]
-) -> None:
-    """SIGHUP executes the master anew, with its pid: the next mule adopts the pool, the server generation grows."""
-    config = example_config(pool_name, servers, read=CAP)
-    with running_uwsgi(tmp_path, pool_name, config, "--processes", "2", *options) as server:
-        server.use_all_workers()
-        before = generations(server)
-        with Sampler(servers, pool_name) as sampler, Clients(server, "/slow?ms=5", 4) as clients:
-            wait_for_more(clients)
-            server.reload()
-            wait_for_more(clients)
-        assert clients.failures == []
-        assert sampler.most <= CAP
-        after = generations(server)
-        assert (len(before), len(after)) == (1, 1)
-        assert max(after) > max(before)
-        assert server.log.count("segment created") == 1
-        assert server.log.count("segment adopted") == 1
-        assert reaped_rows(server) == 0, "workers gave back in order"
-        wait_until(server.is_whole)
-    assert "Traceback" not in server.log
-
-
-def test_chain_reload_replaces_workers_one_by_one(servers: Cluster, pool_name: str, tmp_path: Path) -> None:
-    """With lazy-apps each worker loads the application anew: it is newer, and the mule stays."""
-    chain = tmp_path / "chain"
-    chain.touch()
-    config = example_config(pool_name, servers, read=CAP)
-    options = ("--processes", "2", "--lazy-apps", "--touch-chain-reload", str(chain))
-    with running_uwsgi(tmp_path, pool_name, config, *options) as server:
-        server.use_all_workers()
-        old, before, mules = server.workers(), generations(server), server.mules()
-        with Sampler(servers, pool_name) as sampler, Clients(server, "/slow?ms=5", 4) as clients:
-            os.utime(chain, (time.time() + 5, time.time() + 5))
-            wait_until(lambda: "chain reloading complete" in server.log, within=20, what=lambda: server.log)
-            wait_for_more(clients)
-        assert clients.failures == []
-        assert sampler.most <= CAP
-        server.use_all_workers()
-        assert server.workers().isdisjoint(old)
-        assert min(generations(server)) > max(before)
-        assert server.mules() == mules
-        wait_until(server.is_whole)
-        assert reaped_rows(server) == 0
+# -- ends of workers
 
 
 def test_cheaper_workers_give_back_everything(servers: Cluster, pool_name: str, tmp_path: Path) -> None:

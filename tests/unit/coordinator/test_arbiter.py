@@ -8,9 +8,20 @@ from typing import Any
 import pytest
 
 from shmpool.layout import GROUPS, RECALL_WORDS
-from shmpool.states import Use
+from shmpool.rows import Server
+from shmpool.states import ServerKind, Use
 from shmpool.words import UseWord
-from shmpool_coordinator.arbiter import PATIENCE_S, Arbiter, Held, Recall, Waiter, choose, waiting_groups
+from shmpool_coordinator.arbiter import (
+    LONG_USE_S,
+    PATIENCE_S,
+    Arbiter,
+    Held,
+    Recall,
+    Waiter,
+    choose,
+    find_overlapping,
+    waiting_groups,
+)
 from tests.support.desk import Desk, config_of, desk
 
 NOW = 1000.0
@@ -60,8 +71,8 @@ def test_longest_idle_first() -> None:
 def test_busy_only_when_none_is_idle() -> None:
     """A busy connection is recalled after the idle ones, the one its worker has had longest first."""
     connections = [
-        held(1, is_idle=False, opened_at=2.0),
-        held(2, is_idle=False, opened_at=1.0),
+        held(1, is_idle=False, idle_since=NOW, opened_at=2.0),
+        held(2, is_idle=False, idle_since=NOW, opened_at=1.0),
         held(3, idle_since=99.0),
     ]
     assert chosen([waiter(9), waiter(8)], connections) == [3, 2]
@@ -71,11 +82,62 @@ def test_old_server_generations_first() -> None:
     """During a reload the old workers' connections go first."""
     connections = [held(1, idle_since=1.0, server_generation=2), held(2, idle_since=9.0, server_generation=1)]
     assert chosen([waiter(9)], connections) == [2]
+    busy = [
+        held(1, is_idle=False, idle_since=NOW, opened_at=1.0, server_generation=2),
+        held(2, is_idle=False, idle_since=NOW, opened_at=9.0, server_generation=1),
+    ]
+    assert chosen([waiter(9)], busy) == [2]
+
+
+LONG = {"is_idle": False, "idle_since": NOW - LONG_USE_S, "opened_at": 1.0}
+SHORT = {"is_idle": False, "idle_since": NOW - LONG_USE_S / 2, "opened_at": 9.0}
+
+
+def test_a_connection_in_long_use_is_recalled_last() -> None:
+    """Who has one checked out for long may go on, even in an old worker: others are asked first."""
+    connections = [held(1, **LONG, server_generation=1), held(2, **SHORT, server_generation=2)]
+    assert chosen([waiter(9)], connections) == [2]
+    assert chosen([waiter(9), waiter(8)], connections) == [2, 1]
+
+
+def test_a_recall_of_a_connection_in_long_use_is_not_waited_for() -> None:
+    """Another one that is expected sooner is recalled, once there is one, and not every other one in long use."""
+    recalls = {1: Recall(101, 0, 0, NOW)}
+    assert chosen([waiter(9)], [held(1, **LONG), held(2, **SHORT)], recalls) == [2]
+    assert chosen([waiter(9)], [held(1, **LONG), held(2)], recalls) == [2]
+    assert chosen([waiter(9)], [held(1, **LONG), held(2, **LONG)], recalls) == []
+    assert chosen([waiter(9)], [held(1, **SHORT), held(2)], recalls) == []
+    late = {1: Recall(101, 0, 0, NOW - PATIENCE_S)}
+    assert chosen([waiter(9)], [held(1, **LONG), held(2, **LONG)], late) == [2]
 
 
 def test_minimum_of_a_worker_is_kept() -> None:
     """No worker is brought below its group's minimum."""
     assert chosen([waiter(9), waiter(8)], [held(1, row=1), held(2, row=1)], least={0: 1}) == [1]
+
+
+def test_nobody_keeps_a_minimum_beside_another_generation() -> None:
+    """While old and new workers serve side by side, what each would keep is there for all; the old ones' goes first."""
+    connections = [held(1, row=1, server_generation=2), held(2, row=2, server_generation=1), held(3, row=3)]
+    assert chosen([waiter(9), waiter(8)], connections, least={0: 1}) == []
+    assert chosen([waiter(9), waiter(8), waiter(7)], connections, least={0: 1}, overlapping={1, 2}) == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("servers", "expected"),
+    [
+        ([(100, 1), (100, 1)], []),
+        ([(100, 1), (100, 2)], [0, 1]),  # HUP
+        ([(100, 1), (200, 2)], [0, 1]),  # USR2: 200 is a child of 100
+        ([(100, 1), (300, 2)], []),  # another service
+        ([(100, 1), (300, 2), (300, 2), (300, 1)], [1, 2, 3]),
+    ],
+)
+def test_whose_generations_overlap(servers: list[tuple[int, int]], expected: list[int]) -> None:
+    """Those of one Gunicorn, be it of one master or of the two of an upgrade; not of two services."""
+    parents = {100: 1, 200: 100, 300: 1}
+    rows = {row: Server(ServerKind.GUNICORN, pid, generation) for row, (pid, generation) in enumerate(servers)}
+    assert sorted(find_overlapping(rows, parents.get)) == expected
 
 
 def test_free_permits_serve_waiters_first() -> None:
