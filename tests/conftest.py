@@ -48,13 +48,14 @@ def _traces() -> set[str]:
     entries = set(SHARED_MEMORY.glob("*shmpool*"))
     foreign = tuple(_foreign_stems(entries)) if entries else ()
     own = [path for path in entries if not path.name.removeprefix("sem.").startswith(foreign)]
-    return {str(path) for path in own if not _is_named_by_another_run(path.name)} | _children()
+    others = {number for number in set().union(*map(_numbers, own)) if _is_another_run(number)}
+    return {str(path) for path in own if not _numbers(path) & others} | _children()
 
 
-def _is_named_by_another_run(name: str) -> bool:
-    """Whether a number in a pool's name, as tests give them, is the process id of another test run, or of its child."""
-    pool = "".join(name.removeprefix("sem.").split(".")[2:3])
-    return any(_is_another_run(int(number)) for number in re.findall(r"\d+", pool))
+def _numbers(path: Path) -> set[int]:
+    """Return the numbers in a pool's name: tests give it the process id of their run, or of its child."""
+    pool = "".join(path.name.removeprefix("sem.").split(".")[2:3])
+    return {int(number) for number in re.findall(r"\d+", pool)}
 
 
 def _is_another_run(pid: int) -> bool:
