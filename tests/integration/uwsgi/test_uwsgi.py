@@ -311,7 +311,8 @@ def test_the_end_in_the_middle_of_requests_leaves_nothing(
             wait_until(lambda: sum(w.active for w in server.status().workers) == 2)
             os.kill(server.pid, number)
             assert server.process.wait(10) == 0, server.log
-        wait_until(lambda: server.names.leftovers() == [], within=10)  # uWSGI does not wait for its mules
+        # uWSGI does not wait for its mules.
+        wait_until(lambda: server.names.leftovers() == [], within=10, what=lambda: server.log)
     wait_until(lambda: "nothing is left" in server.log)
 
 
