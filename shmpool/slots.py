@@ -548,6 +548,7 @@ class SlotTable:
         leave: Callable[[], int] = lambda: 0,
         stand_aside: Callable[[float], object] = time.sleep,
         tell: Callable[[], None] = lambda: None,
+        is_choosy: bool = False,
     ) -> bool:
         """Claim, sleeping on the group's bells in slices, until granted, `deadline` or `is_done()`.
 
@@ -561,6 +562,7 @@ class SlotTable:
             leave: as of `claim`, asked before each.  A ring that tells of permits for others is passed on, once.
             stand_aside: sleeps for so many seconds, but not on the bell: others are to hear it.
             tell: called once this thread is seen to wait.
+            is_choosy: the process's own connections do not serve this thread.
         """
         detail = token.detail_at
         kept = leave()
@@ -577,7 +579,7 @@ class SlotTable:
                     break
                 waits_for_endpoint = outcome is Outcome.ENDPOINTS_BUSY
                 self.words[detail + QUEUED] = queued()
-                self.words[token.use_at] = UseWord(Use.WAITING, group.index, waits_for_endpoint).word()
+                self.words[token.use_at] = UseWord(Use.WAITING, group.index, waits_for_endpoint, is_choosy).word()
                 if not is_told:  # after the word: who is told looks for it at once
                     is_told = True
                     tell()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from shmpool.clock import monotonic
 from shmpool.layout import GROUPS, RECALL_WORDS
 from shmpool.rows import Server
 from shmpool.states import ServerKind, Use
@@ -22,9 +23,11 @@ from shmpool_coordinator.arbiter import (
     find_overlapping,
     waiting_groups,
 )
+from shmpool_coordinator.tenure import CEILING_S
 from tests.support.desk import Desk, config_of, desk
 
 NOW = 1000.0
+TENURE_S = 0.1
 
 
 def held(slot: int, **values: Any) -> Held:
@@ -43,9 +46,9 @@ def held(slot: int, **values: Any) -> Held:
     return Held(**(defaults | values))
 
 
-def waiter(slot: int, group: int = 0, for_endpoint: bool = False) -> Waiter:
+def waiter(slot: int, group: int = 0, for_endpoint: bool = False, **values: Any) -> Waiter:
     """Return a waiter of a row of its own."""
-    return Waiter(slot, slot, group, for_endpoint)
+    return Waiter(slot, **({"row": slot, "group": group, "for_endpoint": for_endpoint} | values))
 
 
 def chosen(
@@ -57,6 +60,7 @@ def chosen(
         "endpoint_values": {},
         "usable": {0: frozenset({0}), 1: frozenset({0, 1})},
         "least": {},
+        "tenures": {0: TENURE_S, 1: TENURE_S},
         "now": NOW,
     }
     found = choose(waiters, connections, recalls or {}, **(arguments | values))
@@ -184,13 +188,14 @@ def test_recall_is_written_and_withdrawn(pool: Desk) -> None:
         usable = registry.endpoints.usable()
         return arbiter.tick(arbiter.waiters(), settings, usable, registry.permits, now)
 
+    now = monotonic() + CEILING_S  # it has rested for long
     assert waiting_groups(arbiter.waiters()) == ({0}, set())
-    assert tick(NOW) == {0}
+    assert tick(now) == {0}
     assert segment.words[token.recall_at] == pool.word(token)
     assert segment.words[segment.layout.at(GROUPS, 0, "recalls")] == 1
-    assert tick(NOW) == set()
+    assert tick(now) == set()
     segment.words[waiting.use_at] = 0
-    assert tick(NOW) == set()
+    assert tick(now) == set()
     assert segment.words[token.recall_at] == 0
     arbiter.close()
 
