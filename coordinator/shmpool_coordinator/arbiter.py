@@ -9,6 +9,7 @@ If a process dies.  Its recalls become outdated with its slot words; a new coord
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from shmpool.words import (
     UseWord,
 )
 from shmpool_coordinator.costs import Costs
-from shmpool_coordinator.tenure import tenure
+from shmpool_coordinator.tenure import pause, tenure
 
 PATIENCE_S: Final = 1.0  # a worker that did not react for so long is passed over
 
@@ -92,6 +93,28 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a group's connections may move; seconds (tenure.py).
+
+    Args:
+        tenure: how long a busy one stays with its worker.
+        pause: how long one has to be unused to count as idle.
+    """
+
+    tenure: float
+    pause: float
+
+    def is_idle(self, held: Held, now: float) -> bool:
+        """Whether a connection is unused, and not only between two requests."""
+        return held.is_idle and now - held.idle_since >= self.pause
+
+    def free_at(self, held: Held) -> float:
+        """Return when a connection may be recalled, as it is used now."""
+        past_tenure = held.opened_at + self.tenure
+        return min(past_tenure, held.idle_since + self.pause) if held.is_idle else past_tenure
+
+
+@dataclass(frozen=True, slots=True)
 class Recall:
     """A connection that was asked for."""
 
@@ -110,7 +133,7 @@ def choose(
     endpoint_values: Mapping[int, int],
     usable: Mapping[int, frozenset[int]],
     least: Mapping[int, int],
-    tenures: Mapping[int, float],
+    paces: Mapping[int, Pace],
     opening: Mapping[Unit, int] = MappingProxyType({}),
     overlapping: Collection[int] = (),
     now: float,
@@ -118,8 +141,9 @@ def choose(
     """Return the connections to recall: at most one for each waiter that no free permit or recall serves yet.
 
     *In which order.*  Idle ones first, longest idle first; then busy ones past their tenure, longest with their worker
-    first; those in long use last; old server generations before new ones in all three.  A recall of one in long use
-    keeps no waiter from another that is expected sooner.
+    first, and before them those of workers that have others; those in long use last; old server generations before
+    new ones in all three.  One that was used a moment ago counts as busy.  A recall of one in long use keeps no waiter
+    from another that is expected sooner.
 
     *What may go.*  A move costs a connect and gains nothing where it only swaps who has to wait.  A waiter's worker
     that has none for its group gets whatever there is.  One that has some gets its next turn from its own threads'
@@ -143,7 +167,7 @@ def choose(
         group_values, endpoint_values: permits that a worker may take.
         usable: by group, the endpoints that it can use.
         least: by group, how many connections each worker keeps.
-        tenures: by group, seconds.
+        paces: by group.
         opening: how many connections are just being opened.
         overlapping: rows of workers that keep none, as there are older or newer ones beside them for a while.
         now: of the monotonic clock.
@@ -152,13 +176,15 @@ def choose(
     kept.update(opening)
     in_long_use = {h.slot for h in held if h.is_in_long_use(now)}
     expected = kept - Counter(h.unit for h in held if h.slot in in_long_use and h.slot not in outstanding)
+    idle = {h.slot for h in held if paces[h.group].is_idle(h, now)}
     ranked = sorted(
-        (h for h in held if h.slot not in outstanding and (h.is_idle or now - h.opened_at >= tenures[h.group])),
+        (h for h in held if h.slot not in outstanding and paces[h.group].free_at(h) <= now),
         key=lambda h: (
-            not h.is_idle,
+            h.slot not in idle,
             h.slot in in_long_use,
             h.server_generation,
-            h.idle_since if h.is_idle else h.opened_at,
+            h.slot not in idle and kept[h.unit] < 2,
+            h.idle_since if h.slot in idle else h.opened_at,
         ),
     )
     coming: list[Recall] = []
@@ -191,7 +217,7 @@ def choose(
     def is_worth_a_move(h: Held, need: Need) -> bool:
         if not need.has or kept[h.unit] >= need.has + 2:
             return True
-        if h.is_idle and now - h.idle_since >= tenures[h.group]:
+        if h.is_idle and now - h.idle_since >= paces[h.group].tenure:
             return True
         if h.row in overlapping and h.server_generation < need.generation:
             return True
@@ -290,6 +316,7 @@ class Arbiter:
         self._slots_at, _ = segment.layout.span(SLOT_WORDS)
         self.recalls: dict[int, Recall] = {}
         self._costs = Costs(segment)
+        self.due = math.inf  # when a connection may be recalled that may not be yet; while somebody waits
         for slot in range(segment.layout.slots):
             if segment.words[self._recalls_at + slot]:
                 segment.words[self._recalls_at + slot] = 0
@@ -348,10 +375,12 @@ class Arbiter:
             usable: by group, the endpoints that are eligible for it now.
         """
         self._clear_outdated(keep=bool(waiters))
+        self.due = math.inf
         if not waiters:
             return set()
         connections, opening = self.connections(), self._opening()
         self._costs.look(now)
+        paces = self._paces(waiters, connections, opening)
         chosen = choose(
             waiters,
             connections,
@@ -361,11 +390,12 @@ class Arbiter:
             endpoint_values={e.index: permits.endpoint_available(e.index) for e in settings.endpoints},
             usable=usable,
             least={g.index: g.per_worker_min for g in settings.groups},
-            tenures=self._tenures(waiters, connections, opening),
+            paces=paces,
             opening=opening,
             overlapping=self._overlapping(waiters),
             now=now,
         )
+        self.due = min((at for h in connections if (at := paces[h.group].free_at(h)) > now), default=math.inf)
         for held in chosen:
             self.recalls[held.slot] = Recall(held.word, held.group, held.endpoint, now)
             self.segment.words[self._recalls_at + held.slot] = held.word
@@ -377,14 +407,15 @@ class Arbiter:
         per_row = self.segment.layout.slots_per_worker
         return Counter((slot // per_row, UseWord.of(self._uses[slot]).group) for slot in self.slots_in(Use.OPENING))
 
-    def _tenures(
+    def _paces(
         self, waiters: Sequence[Waiter], connections: Sequence[Held], opening: Mapping[Unit, int]
-    ) -> dict[int, float]:
-        """Return the tenure in each group that holds anything."""
+    ) -> dict[int, Pace]:
+        """Return the pace of each group that holds anything."""
         counts = Counter(h.unit for h in connections)
         counts.update(opening)
         queues = queue_lengths(waiters, counts)
-        return {group: tenure(self._costs.of(group), queue) for group, queue in queues.items()}
+        costs = {group: self._costs.of(group) for group in queues}
+        return {group: Pace(tenure(costs[group], queue), pause(costs[group])) for group, queue in queues.items()}
 
     def _overlapping(self, waiters: Sequence[Waiter]) -> set[int]:
         """Return the rows, of those that hold or want anything, that have another generation beside them."""

@@ -9,18 +9,20 @@ Where it does not, the tenure gets shorter, until a move costs MOST_SHARE: beyon
 for connects instead of for each other.  The floor is what the coordinator's ticks and a worker's checkins can follow;
 the ceiling keeps one slow connect from binding a connection to its worker.
 
-As c is measured where it is spent, a busy machine lengthens the tenure, which makes for fewer connects: the two settle.
+c is measured where it is spent.  Where a crowded machine makes connects dear, the shares make tenures long, and
+connects few: the two settle.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-WAIT_S: Final = 0.1  # what the queue may wait for the sake of throughput
+WAIT_S: Final = 0.2  # what the queue may wait for the sake of throughput
 LEAST_SHARE: Final = 0.05
 MOST_SHARE: Final = 0.2
 FLOOR_S: Final = 0.02
 CEILING_S: Final = 0.5
+PAUSE_S: Final = 0.005  # half of what an idle worker's connection may take to reach a waiter, beside the connect
 
 
 def tenure(cost_s: float, queue: float) -> float:
@@ -34,6 +36,15 @@ def tenure(cost_s: float, queue: float) -> float:
     shortest = _lasting(cost_s, MOST_SHARE)
     within_wait = WAIT_S / queue - cost_s if queue > 0 else longest
     return min(CEILING_S, max(FLOOR_S, min(longest, max(shortest, within_wait))))
+
+
+def pause(cost_s: float) -> float:
+    """Return how long a connection has to be unused before it counts as idle, and moves without regard to its tenure.
+
+    As long as a move costs, up to PAUSE_S: whoever gives up waiting for more use once that has cost as much as what it
+    saves never pays more than twice what was necessary.  So a worker between two requests keeps its connection.
+    """
+    return min(PAUSE_S, cost_s)
 
 
 def _lasting(cost_s: float, share: float) -> float:
