@@ -154,7 +154,8 @@ def choose(
     - have rested for a tenure: nobody there misses them.  Hence a worker that needs little cannot starve one with many
       threads: of two connections it keeps the second only while it uses that once a tenure.  (The time of a rest
       counts from the last checkout: a checkin writes none.  After a use longer than a tenure, a move costs little.)
-    - belong to workers of an older generation beside the waiter's, which are about to end;
+    - belong to workers that are about to end: of a generation older than the waiter's or, if it is of another service,
+      than the newest beside theirs;
     - are in short use, while all that the waiter's worker has are in long use, and may not be back in time.
 
     What one has counts by worker and group, those included that are being opened, not those that were recalled: what a
@@ -195,6 +196,7 @@ def choose(
     free_groups, free_endpoints = Counter(group_values), Counter(endpoint_values)
     chosen: list[Held] = []
     in_vain: set[Need] = set()
+    newest = max((h.server_generation for h in held if h.row in overlapping), default=0)
 
     def fits(waiter: Waiter, found: Held | Recall) -> bool:
         if waiter.for_endpoint:
@@ -211,7 +213,7 @@ def choose(
             waiter.for_endpoint,
             has=0 if waiter.is_choosy else kept[unit],
             expects=expected[unit] > 0,
-            generation=waiter.server_generation if waiter.row in overlapping else 0,
+            generation=waiter.server_generation if waiter.row in overlapping else newest,
         )
 
     def is_worth_a_move(h: Held, need: Need) -> bool:

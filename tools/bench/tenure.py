@@ -162,7 +162,7 @@ def work(pool_name: str) -> None:
 def rows(turns: Mapping[str, Sequence[Turn]]) -> list[tuple[str, ...]]:
     """Return a line for each tenure, medians over the rounds."""
     best = max(Quartiles.of([turn.rate for turn in of]).median for of in turns.values())
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for name, of in turns.items():
         rate = Quartiles.of([turn.rate for turn in of])
         mean, p99, least, opens, chosen = (

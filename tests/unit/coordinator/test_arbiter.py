@@ -243,10 +243,12 @@ def test_another_groups_connections_are_not_the_waiters_own() -> None:
 def test_an_old_worker_gives_to_a_new_one_that_has_some() -> None:
     """Beside the new generation what rests in the old one moves at once; elsewhere a number means nothing."""
     connections = [busy(1, row=1, server_generation=2), held(2, idle_since=NOW - PACE.pause, server_generation=1)]
-    new = waiter(1, server_generation=2)
+    new, stranger = waiter(1, server_generation=2), waiter(3)
     assert chosen([new], connections, overlapping={1, 2}) == [2]
-    assert chosen([new], connections, overlapping={2}) == []
     assert chosen([new], connections) == []
+    connections.append(busy(3, row=3))
+    assert chosen([stranger], connections, overlapping={1, 2}) == [2]
+    assert chosen([stranger], connections) == []
 
 
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=6).filter(lambda counts: sum(counts) >= len(counts)), st.data())
