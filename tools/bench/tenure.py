@@ -120,19 +120,19 @@ class Crew:
 
 
 @contextmanager
-def crew(conninfo: str) -> Iterator[Crew]:
+def crew(conninfo: str, processes: int = PROCESSES, connections: int = CONNECTIONS) -> Iterator[Crew]:
     """Run a coordinator and its workers."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shmpool-tenure-")))
         name = f"tenure-{os.getpid()}"
         dial = Dial(folder / "dial")
         config = folder / "shmpool.toml"
-        config.write_text(CONFIG.format(name=name, conninfo=conninfo, connections=CONNECTIONS))
+        config.write_text(CONFIG.format(name=name, conninfo=conninfo, connections=connections))
         stack.enter_context(_running("coordinate", str(config), str(folder / "dial")))
         deadline = time.monotonic() + START_S
         while observe(Names.of(name)).level and time.monotonic() < deadline:
             time.sleep(0.05)
-        yield Crew(name, [stack.enter_context(_running("work", name)) for _ in range(PROCESSES)], dial)
+        yield Crew(name, [stack.enter_context(_running("work", name)) for _ in range(processes)], dial)
 
 
 @contextmanager
