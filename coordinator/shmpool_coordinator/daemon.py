@@ -37,7 +37,7 @@ from shmpool_coordinator.sessions import Sessions
 
 TICK_S: Final = 0.1
 BUSY_TICK_S: Final = 0.02  # while somebody waits
-LEAST_TICK_S: Final = 0.002  # for one more connection that may be recalled
+LEAST_TICK_S: Final = 0.005  # before the next one for a connection that may go by then
 ENDING_TICK_S: Final = 0.005  # while a worker is just ending: its locks and sockets go before it is gone
 CHECK_EVERY_S: Final = 1.0  # names, drained rows, linger
 SETTLE_AT_END_S: Final = 2.0
