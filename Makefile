@@ -22,8 +22,8 @@ run-uwsgi: venv-uwsgi ## the same under uWSGI, with the coordinator as its mule
 demo: venv       ## the same with a short guided demonstration
 	@$(PY) -m tools.run --demo
 
-test: venv-uwsgi ## run the tests
-	@$(PY) -m pytest
+test: venv-uwsgi ## run the tests, in half as many processes as there are processors
+	@$(PY) -m pytest -n auto --dist loadfile
 
 check: venv-uwsgi ## run everything that must pass: format, lint, types, layers, tests, wheel
 	@$(PY) -m tools.check
@@ -41,7 +41,7 @@ bench-peers: venv-bench ## measure requests beside other pools and PgBouncer (a 
 	@$(PY) -m tools.bench peers $(OPTIONS)
 
 crash: venv      ## run the crash tests at every point
-	@$(PY) -m pytest tests/crash --every-point
+	@$(PY) -m pytest -n auto tests/crash --every-point
 
 model: venv      ## explore the protocol's states exhaustively
 	@$(PY) -m tools.model

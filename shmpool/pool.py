@@ -36,16 +36,13 @@ from shmpool.connection import Connection, are_spent, make_recipe, restore
 from shmpool.credentials import Lookup
 from shmpool.endpoints import is_down
 from shmpool.errors import DisownedError, MechanismError, SegmentMissingError, SegmentRetiredError
-from shmpool.freshness import acquire_after
 from shmpool.handle import Handle
 from shmpool.lease import BYPASS_S, Lease, give_back, tidy
 from shmpool.local_group import LocalGroup
 from shmpool.names import Names
 from shmpool.pool_errors import ConfigurationDiffers, CoordinatorNotRunning, PoolClosed, PoolError, UnknownGroup
 from shmpool.position import CommitPosition
-from shmpool.retry import run
 from shmpool.settings import GIVEN, GroupSettings
-from shmpool.silence import cut_unanswered
 
 if TYPE_CHECKING:
     from shmpool.document import Document
@@ -235,6 +232,8 @@ class Pool:
         Raises:
             What `checkout` raises, and what the last call or its commit raised.
         """
+        from shmpool.retry import run  # here: not every worker needs it
+
         return run(self, group, function, retries=retries, timeout=timeout, after=after)
 
     def statistics(self) -> dict[str, dict[str, float]]:
@@ -415,6 +414,8 @@ class Pool:
                 if after is None:
                     lease = lease or local.pop_idle() or local.acquire(deadline, is_high=is_high)
                 else:
+                    from shmpool.freshness import acquire_after  # here: few workers ever need it
+
                     lease = acquire_after(local, after, deadline, is_high=is_high)
                 break
             except (DisownedError, SegmentRetiredError):
@@ -522,6 +523,8 @@ class _State:
         down = {index for index, _ in held if is_down(attachment.segment, index)}
         if not down:
             return
+        from shmpool.silence import cut_unanswered  # here: few workers ever need it
+
         cut = cut_unanswered(conn for index, conn in held if index in down and isinstance(conn, Connection))
         if cut:
             import logging  # cold, and an application has it anyway

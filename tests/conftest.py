@@ -32,6 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes `make test` runs: the servers that tests start need the other half of the machine."""
+    return max(1, (os.cpu_count() or 1) // 2)
+
+
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     """Fail a test that leaves a child process or an entry in /dev/shm behind."""

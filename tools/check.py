@@ -74,7 +74,7 @@ STEPS: dict[str, Callable[[], None]] = {
     "lint": lambda: run(PYTHON, "-m", "ruff", "check"),
     "types": lambda: run(PYTHON, "-m", "mypy"),
     "layers": lambda: run(SCRIPTS / "lint-imports"),
-    "tests": lambda: run(PYTHON, "-m", "pytest"),
+    "tests": lambda: run(PYTHON, "-m", "pytest", "-n", "auto", "--dist", "loadfile"),
     "wheel": check_distribution,
 }
 
