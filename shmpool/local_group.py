@@ -20,7 +20,7 @@ from shmpool.clock import monotonic, slept
 from shmpool.connection import Recipe, answers, is_alive
 from shmpool.errors import DisownedError, TableFullError
 from shmpool.lease import BYPASS_S, Lease, disown, give_back, tidy
-from shmpool.opening import open_lease
+from shmpool.moving import give_up, take_over
 from shmpool.pool_errors import NoEligibleEndpoint, PoolTimeout, TooManyWaiting
 from shmpool.reports import describe_group
 from shmpool.router import Attempt, Router
@@ -140,8 +140,9 @@ class LocalGroup:
                 lease = self.idle.popleft()
             except IndexError:
                 break
-            wanted_back = lease.words[lease.recall_at] == lease.words[lease.word_at]
-            if wanted_back or self.is_retired or self._is_unused(lease, now):
+            if lease.words[lease.recall_at] == lease.words[lease.word_at]:
+                self.yield_to_others(lease)
+            elif self.is_retired or self._is_unused(lease, now):
                 give_back(lease)
             elif self.leave_for_better(lease):
                 moved += bool(self.idle) or now - lease.since >= RESTED_S
@@ -375,7 +376,7 @@ class LocalGroup:
         if scout is not None:
             self.queue.stop_scouting(scout)
         left = attempt.left
-        lease = open_lease(self, token, attempt, deadline)
+        lease = take_over(self, token, attempt, deadline)
         if lease is not None and left < self.settings.reserve and not self.attachment.keeps_nothing:
             lease.reserve()
         return lease
@@ -391,8 +392,8 @@ class LocalGroup:
         return attempt.left
 
     def yield_to_others(self, lease: Lease) -> None:
-        """Give back a connection that another worker waits for, and let that one claim first."""
-        give_back(lease)
+        """Give up a connection that another worker waits for, and let that one claim first."""
+        give_up(lease)
         self._polite_until = monotonic() + POLITE_S
 
     def _be_polite(self, deadline: float) -> None:
@@ -420,6 +421,7 @@ class LocalGroup:
             leave=lambda: self._leave(attempt, is_for_first=attempt.only is None),
             stand_aside=scout.sleep,
             tell=lambda: self.attachment.say_waiting(self.permits.index),
+            is_choosy=attempt.only is not None,
         )
 
     def _take_token(self) -> Lease | None:

@@ -36,7 +36,7 @@ from shmpool.errors import DisownedError, TableFullError
 from shmpool.layout import PERMITS, RECALL_WORDS, SLOT_WORDS, SLOTS, USE_WORDS, WORKERS, Layout
 from shmpool.rows import Row
 from shmpool.segment import Segment
-from shmpool.semaphores import BusyError, Semaphore, ring, sleep_on
+from shmpool.semaphores import SLICE_S, BusyError, Semaphore, ring, sleep_on
 from shmpool.states import Use
 from shmpool.words import (
     BOTH_YES,
@@ -53,6 +53,8 @@ from shmpool.words import (
 
 ENDPOINT_SLICES: Final = 4  # slices that a waiter keeps its group permit while every endpoint is busy
 ASIDE_S: Final = 0.002  # off the bell after a ring was passed on: time for others to hear it
+LEAST_NAP_S: Final = 0.005
+NAP_OF_WAIT: Final = 0.1
 _FRESH: Final = -1  # tokens whose slot counts for no group yet
 
 SINCE: Final = SLOTS.column("since")
@@ -548,6 +550,7 @@ class SlotTable:
         leave: Callable[[], int] = lambda: 0,
         stand_aside: Callable[[float], object] = time.sleep,
         tell: Callable[[], None] = lambda: None,
+        is_choosy: bool = False,
     ) -> bool:
         """Claim, sleeping on the group's bells in slices, until granted, `deadline` or `is_done()`.
 
@@ -561,13 +564,14 @@ class SlotTable:
             leave: as of `claim`, asked before each.  A ring that tells of permits for others is passed on, once.
             stand_aside: sleeps for so many seconds, but not on the bell: others are to hear it.
             tell: called once this thread is seen to wait.
+            is_choosy: the process's own connections do not serve this thread.
         """
         detail = token.detail_at
         kept = leave()
         outcome = self.claim(token, group, route(), kept)
         if outcome is Outcome.GRANTED:
             return True
-        self.times[detail + SINCE] = monotonic()
+        self.times[detail + SINCE] = began = tried_at = monotonic()
         slices = 0
         waits_for_endpoint = has_passed_on = is_told = False
         try:
@@ -577,12 +581,17 @@ class SlotTable:
                     break
                 waits_for_endpoint = outcome is Outcome.ENDPOINTS_BUSY
                 self.words[detail + QUEUED] = queued()
-                self.words[token.use_at] = UseWord(Use.WAITING, group.index, waits_for_endpoint).word()
+                self.words[token.use_at] = UseWord(Use.WAITING, group.index, waits_for_endpoint, is_choosy).word()
                 if not is_told:  # after the word: who is told looks for it at once
                     is_told = True
                     tell()
-                has_rung = sleep_on(group.endpoint_bell if waits_for_endpoint else group.bell, remaining)
-                if not waits_for_endpoint:
+                if waits_for_endpoint:
+                    has_rung = sleep_on(group.endpoint_bell, remaining)
+                else:
+                    has_rung = sleep_on(group.bell, min(remaining, self._nap(group, monotonic() - began)))
+                    if not has_rung and monotonic() - tried_at < SLICE_S:
+                        continue  # a free permit is for whom its ring wakes
+                    tried_at = monotonic()
                     kept = leave()
                     outcome = self.claim(token, group, route(), kept)
                     slices = 0
@@ -608,6 +617,14 @@ class SlotTable:
         if waits_for_endpoint and endpoint is not None and endpoint.semaphore.value > 0:
             ring(group.endpoint_bell)
         return outcome is Outcome.GRANTED
+
+    def _nap(self, group: GroupPermits, waited: float) -> float:
+        """Return how long to sleep on a group's bell before the next look, in seconds.
+
+        A ring wakes who has slept longest.  If all slept as long, that would be anybody; as naps grow with the wait,
+        it is mostly who has waited longest.  Not where the process holds more, and its own checkins serve it as well.
+        """
+        return max(LEAST_NAP_S, waited * NAP_OF_WAIT) if self.out(group) < 2 else SLICE_S
 
     def count_wait(self, token: Token, waited: float) -> None:
         """Add a wait, in seconds, to the slot's counters."""

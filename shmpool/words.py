@@ -134,21 +134,23 @@ class Control(NamedTuple):
 
 
 class UseWord(NamedTuple):
-    """What a slot's owner does with it: use:8 | group:8 | waits for an endpoint:1."""
+    """What a slot's owner does with it: use:8 | group:8 | waits for an endpoint:1 | is choosy:1."""
 
     use: Use
     group: int
     waits_for_endpoint: bool = False
+    is_choosy: bool = False  # it waits, and what its process has in the group does not serve it
 
     @classmethod
     def of(cls, word: int) -> UseWord:
         """Take a use word apart; a code that does not exist reads as FREE."""
         code = word & 0xFF
-        return cls(Use(code) if code < len(Use) else Use.FREE, word >> 8 & 0xFF, bool(word >> 16 & 1))
+        use = Use(code) if code < len(Use) else Use.FREE
+        return cls(use, word >> 8 & 0xFF, bool(word >> 16 & 1), bool(word >> 17 & 1))
 
     def word(self) -> int:
         """Return the 64-bit word."""
-        return self.use | self.group << 8 | self.waits_for_endpoint << 16
+        return self.use | self.group << 8 | self.waits_for_endpoint << 16 | self.is_choosy << 17
 
 
 class Status(NamedTuple):

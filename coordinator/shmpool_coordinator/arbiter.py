@@ -9,10 +9,12 @@ If a process dies.  Its recalls become outdated with its slot words; a new coord
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from types import MappingProxyType
+from typing import Final, NamedTuple, Protocol
 
 from shmpool.layout import GROUPS, RECALL_WORDS, SLOT_WORDS, SLOTS, USE_WORDS, WORKERS
 from shmpool.rows import Server, parent_of
@@ -27,10 +29,10 @@ from shmpool.words import (
     ORPHAN,
     UseWord,
 )
+from shmpool_coordinator.costs import Costs
+from shmpool_coordinator.tenure import pause, tenure
 
 PATIENCE_S: Final = 1.0  # a worker that did not react for so long is passed over
-
-TENURE_S: Final = 0.1  # a busy connection stays so long, about twenty times what opening it cost
 
 LONG_USE_S: Final = 0.1  # who has checked out for so long may go on for much longer, or is about to be killed
 
@@ -49,6 +51,21 @@ class Waiter:
     row: int
     group: int
     for_endpoint: bool  # it has the group's permit; every endpoint was busy
+    is_choosy: bool = False  # what its own worker has does not serve it
+    server_generation: int = 0
+
+
+Unit = tuple[int, int]  # worker row and group: whose connections serve the same threads
+
+
+class Need(NamedTuple):
+    """What it depends on which connections are worth a move for a waiter."""
+
+    group: int
+    for_endpoint: bool
+    has: int  # connections that serve it, or will
+    expects: bool  # one of them is not in long use
+    generation: int  # what is older is about to end; 0: nothing is
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +82,36 @@ class Held:
     opened_at: float
     server_generation: int
 
+    @property
+    def unit(self) -> Unit:
+        """Whose it is."""
+        return self.row, self.group
+
     def is_in_long_use(self, now: float) -> bool:
         """Whether it is not expected back soon."""
         return not self.is_idle and now - self.idle_since >= LONG_USE_S
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a group's connections may move; seconds (tenure.py).
+
+    Args:
+        tenure: how long a busy one stays with its worker.
+        pause: how long one has to be unused to count as idle.
+    """
+
+    tenure: float
+    pause: float
+
+    def is_idle(self, held: Held, now: float) -> bool:
+        """Whether a connection is unused, and not only between two requests."""
+        return held.is_idle and now - held.idle_since >= self.pause
+
+    def free_at(self, held: Held) -> float:
+        """Return when a connection may be recalled, as it is used now."""
+        past_tenure = held.opened_at + self.tenure
+        return min(past_tenure, held.idle_since + self.pause) if held.is_idle else past_tenure
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,37 +133,61 @@ def choose(
     endpoint_values: Mapping[int, int],
     usable: Mapping[int, frozenset[int]],
     least: Mapping[int, int],
+    paces: Mapping[int, Pace],
+    opening: Mapping[Unit, int] = MappingProxyType({}),
     overlapping: Collection[int] = (),
     now: float,
 ) -> list[Held]:
     """Return the connections to recall: at most one for each waiter that no free permit or recall serves yet.
 
-    Idle ones first, longest idle first; then busy ones past their tenure, longest with their worker first; those in
-    long use last; old server generations before new ones in all three.  A recall of one in long use keeps no waiter
-    from another that is expected sooner.  No worker is brought below its group's minimum, but in a reload.
+    *In which order.*  Idle ones first, longest idle first; then busy ones past their tenure, longest with their worker
+    first, and before them those of workers that have others; those in long use last; old server generations before
+    new ones in all three.  One that was used a moment ago counts as busy.  A recall of one in long use keeps no waiter
+    from another that is expected sooner.
+
+    *What may go.*  A move costs a connect and gains nothing where it only swaps who has to wait.  A waiter's worker
+    that has none for its group gets whatever there is.  One that has some gets its next turn from its own threads'
+    checkins; for it only such connections move as
+
+    - belong to a worker that has at least two more: afterwards it still has no fewer.  So workers that wait come within
+      one connection of each other and then stay, and with as many threads each no thread gets less than half the mean;
+    - have rested for a tenure: nobody there misses them.  Hence a worker that needs little cannot starve one with many
+      threads: of two connections it keeps the second only while it uses that once a tenure.  (The time of a rest
+      counts from the last checkout: a checkin writes none.  After a use longer than a tenure, a move costs little.)
+    - belong to workers that are about to end: of a generation older than the waiter's or, if it is of another service,
+      than the newest beside theirs;
+    - are in short use, while all that the waiter's worker has are in long use, and may not be back in time.
+
+    What one has counts by worker and group, those included that are being opened, not those that were recalled: what a
+    worker has in another group is nothing to the waiter, also if it waits for an endpoint's permit, and may be what is
+    recalled.  High priority changes nothing here: its worker serves it first, and the reserve comes before any recall.
+    No worker is brought below its group's minimum, but in a reload.
 
     Args:
         outstanding: what was asked for, by slot.
         group_values, endpoint_values: permits that a worker may take.
         usable: by group, the endpoints that it can use.
         least: by group, how many connections each worker keeps.
+        paces: by group.
+        opening: how many connections are just being opened.
         overlapping: rows of workers that keep none, as there are older or newer ones beside them for a while.
         now: of the monotonic clock.
     """
-    kept = Counter((h.row, h.group) for h in held)
-    for h in held:
-        if h.slot in outstanding:
-            kept[h.row, h.group] -= 1
+    kept = Counter(h.unit for h in held if h.slot not in outstanding)
+    kept.update(opening)
+    in_long_use = {h.slot for h in held if h.is_in_long_use(now)}
+    expected = kept - Counter(h.unit for h in held if h.slot in in_long_use and h.slot not in outstanding)
+    idle = {h.slot for h in held if paces[h.group].is_idle(h, now)}
     ranked = sorted(
-        (h for h in held if h.slot not in outstanding and (h.is_idle or now - h.opened_at >= TENURE_S)),
+        (h for h in held if h.slot not in outstanding and paces[h.group].free_at(h) <= now),
         key=lambda h: (
-            not h.is_idle,
-            h.is_in_long_use(now),
+            h.slot not in idle,
+            h.slot in in_long_use,
             h.server_generation,
-            h.idle_since if h.is_idle else h.opened_at,
+            h.slot not in idle and kept[h.unit] < 2,
+            h.idle_since if h.slot in idle else h.opened_at,
         ),
     )
-    in_long_use = {h.slot for h in held if h.is_in_long_use(now)}
     coming: list[Recall] = []
     late: list[Recall] = []
     for slot, recall in outstanding.items():
@@ -127,6 +195,8 @@ def choose(
             (late if slot in in_long_use else coming).append(recall)
     free_groups, free_endpoints = Counter(group_values), Counter(endpoint_values)
     chosen: list[Held] = []
+    in_vain: set[Need] = set()
+    newest = max((h.server_generation for h in held if h.row in overlapping), default=0)
 
     def fits(waiter: Waiter, found: Held | Recall) -> bool:
         if waiter.for_endpoint:
@@ -134,7 +204,26 @@ def choose(
         return found.group == waiter.group
 
     def may_give(h: Held) -> bool:
-        return kept[h.row, h.group] > (0 if h.row in overlapping else least.get(h.group, 0))
+        return kept[h.unit] > (0 if h.row in overlapping else least.get(h.group, 0))
+
+    def need_of(waiter: Waiter) -> Need:
+        unit = waiter.row, waiter.group
+        return Need(
+            waiter.group,
+            waiter.for_endpoint,
+            has=0 if waiter.is_choosy else kept[unit],
+            expects=expected[unit] > 0,
+            generation=waiter.server_generation if waiter.row in overlapping else newest,
+        )
+
+    def is_worth_a_move(h: Held, need: Need) -> bool:
+        if not need.has or kept[h.unit] >= need.has + 2:
+            return True
+        if h.is_idle and now - h.idle_since >= paces[h.group].tenure:
+            return True
+        if h.row in overlapping and h.server_generation < need.generation:
+            return True
+        return not need.expects and h.slot not in in_long_use
 
     def has_free(waiter: Waiter) -> bool:
         """Use up a free permit."""
@@ -157,14 +246,38 @@ def choose(
     for waiter in waiters:
         if has_free(waiter) or is_served(waiter, coming):
             continue
-        best = next((h for h in ranked if fits(waiter, h) and may_give(h)), None)
-        if (best is None or best.is_in_long_use(now)) and is_served(waiter, late):
+        best, need = None, need_of(waiter)
+        if need not in in_vain:  # what others did not find this one does not either
+            best = next((h for h in ranked if fits(waiter, h) and may_give(h) and is_worth_a_move(h, need)), None)
+        if best is None:
+            in_vain.add(need)
+        if (best is None or best.slot in in_long_use) and is_served(waiter, late):
             continue
         if best is not None:
-            kept[best.row, best.group] -= 1
+            kept[best.unit] -= 1
+            if best.slot not in in_long_use:
+                expected[best.unit] -= 1
             ranked.remove(best)
             chosen.append(best)
     return chosen
+
+
+def queue_lengths(waiters: Iterable[Waiter], counts: Mapping[Unit, int]) -> dict[int, float]:
+    """Return, by group, the waiting workers that have none of its connections, for each of these.
+
+    Whoever waits for an endpoint's permit counts in every group: any group's connection may serve it.
+
+    Args:
+        counts: how many connections each unit has, those included that are being opened.
+    """
+    connections: Counter[int] = Counter()
+    for (_, group), count in counts.items():
+        connections[group] += count
+    waiting: Counter[int] = Counter()
+    for waiter in waiters:
+        if not counts.get((waiter.row, waiter.group)):
+            waiting.update(connections.keys() if waiter.for_endpoint else (waiter.group,))
+    return {group: waiting[group] / count for group, count in connections.items() if count}
 
 
 def find_overlapping(servers: Mapping[int, Server], parent: Callable[[int], int | None]) -> set[int]:
@@ -174,7 +287,7 @@ def find_overlapping(servers: Mapping[int, Server], parent: Callable[[int], int 
         servers: by row, the Gunicorn that its owner works for.
         parent: tells a process's parent: after USR2 the new master's is the old one.
     """
-    parents = {server.pid: parent(server.pid) for server in servers.values()}
+    parents = {pid: parent(pid) for pid in {server.pid for server in servers.values()}}
     elders = {pid: above if above in parents else pid for pid, above in parents.items()}
     generations = {(elders[server.pid], server.generation) for server in servers.values()}
     counts = Counter(elder for elder, _ in generations)
@@ -204,6 +317,8 @@ class Arbiter:
         self._recalls_at, _ = segment.layout.span(RECALL_WORDS)
         self._slots_at, _ = segment.layout.span(SLOT_WORDS)
         self.recalls: dict[int, Recall] = {}
+        self._costs = Costs(segment)
+        self.due = math.inf  # when a connection may be recalled that may not be yet; while somebody waits
         for slot in range(segment.layout.slots):
             if segment.words[self._recalls_at + slot]:
                 segment.words[self._recalls_at + slot] = 0
@@ -233,7 +348,8 @@ class Arbiter:
 
     def waiters(self) -> list[Waiter]:
         """Return who waits now, longest first."""
-        per_row = self.segment.layout.slots_per_worker
+        words, shape = self.segment.words, self.segment.layout
+        per_row = shape.slots_per_worker
         found = []
         held: dict[int, bool] = {}
         for slot in self.slots_in(Use.WAITING):
@@ -242,8 +358,9 @@ class Arbiter:
                 held[row] = self._is_held(row)
             use = UseWord.of(self._uses[slot])
             if held[row] and use.use is Use.WAITING:
-                found.append(Waiter(slot, row, use.group, use.waits_for_endpoint))
-        times, shape = self.segment.times, self.segment.layout
+                generation = words[shape.at(WORKERS, row, _SERVER_GENERATION)]
+                found.append(Waiter(slot, row, use.group, use.waits_for_endpoint, use.is_choosy, generation))
+        times = self.segment.times
         return sorted(found, key=lambda waiter: times[shape.at(SLOTS, waiter.slot) + _SINCE])
 
     def tick(
@@ -260,25 +377,47 @@ class Arbiter:
             usable: by group, the endpoints that are eligible for it now.
         """
         self._clear_outdated(keep=bool(waiters))
+        self.due = math.inf
         if not waiters:
             return set()
+        connections, opening = self.connections(), self._opening()
+        self._costs.look(now)
+        paces = self._paces(waiters, connections, opening)
         chosen = choose(
             waiters,
-            self.connections(),
+            connections,
             self.recalls,
             # Who waits in a group with a reserve may take none of it, or finds none: a recall is needed.
             group_values={g.index: permits.group_available(g.index) - g.reserve for g in settings.groups},
             endpoint_values={e.index: permits.endpoint_available(e.index) for e in settings.endpoints},
             usable=usable,
             least={g.index: g.per_worker_min for g in settings.groups},
-            overlapping=self._overlapping(waiters) if any(g.per_worker_min for g in settings.groups) else (),
+            paces=paces,
+            opening=opening,
+            overlapping=self._overlapping(waiters),
             now=now,
         )
+        self.due = min((at for h in connections if (at := paces[h.group].free_at(h)) > now), default=math.inf)
         for held in chosen:
             self.recalls[held.slot] = Recall(held.word, held.group, held.endpoint, now)
             self.segment.words[self._recalls_at + held.slot] = held.word
             self.segment.words[self.segment.layout.at(GROUPS, held.group, "recalls")] += 1
         return {held.row for held in chosen}
+
+    def _opening(self) -> Counter[Unit]:
+        """Count the connections that are just being opened."""
+        per_row = self.segment.layout.slots_per_worker
+        return Counter((slot // per_row, UseWord.of(self._uses[slot]).group) for slot in self.slots_in(Use.OPENING))
+
+    def _paces(
+        self, waiters: Sequence[Waiter], connections: Sequence[Held], opening: Mapping[Unit, int]
+    ) -> dict[int, Pace]:
+        """Return the pace of each group that holds anything."""
+        counts = Counter(h.unit for h in connections)
+        counts.update(opening)
+        queues = queue_lengths(waiters, counts)
+        costs = {group: self._costs.of(group) for group in queues}
+        return {group: Pace(tenure(costs[group], queue), pause(costs[group])) for group, queue in queues.items()}
 
     def _overlapping(self, waiters: Sequence[Waiter]) -> set[int]:
         """Return the rows, of those that hold or want anything, that have another generation beside them."""
@@ -290,7 +429,7 @@ class Arbiter:
             at = shape.at(WORKERS, row)
             if words[at + _SERVER] == ServerKind.GUNICORN:  # with uWSGI a newer worker follows one that has ended
                 servers[row] = Server(ServerKind.GUNICORN, words[at + _SERVER_PID], words[at + _SERVER_GENERATION])
-        return find_overlapping(servers, parent_of)
+        return find_overlapping(servers, parent_of) if len(set(servers.values())) > 1 else set()
 
     def _clear_outdated(self, keep: bool) -> None:
         """Withdraw recalls whose slot has moved on, and all of them once nobody waits."""

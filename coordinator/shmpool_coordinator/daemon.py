@@ -1,7 +1,8 @@
 """The coordinator's event loop: one thread that owns every word, helper threads for what blocks.
 
-It ticks every 100 ms, every 20 ms while somebody waits, and at once when a worker's control connection or process
-ends.  Probes and looks at server sessions run in threads, which hand results over and wake the loop.
+It ticks every 100 ms, every 20 ms while somebody waits, when a connection may go that somebody waits for, and at once
+when a worker's control connection or process ends.  Probes and looks at server sessions run in threads, which hand
+results over and wake the loop.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from shmpool_coordinator.sessions import Sessions
 
 TICK_S: Final = 0.1
 BUSY_TICK_S: Final = 0.02  # while somebody waits
+LEAST_TICK_S: Final = 0.005  # before the next one for a connection that may go by then
 ENDING_TICK_S: Final = 0.005  # while a worker is just ending: its locks and sockets go before it is gone
 CHECK_EVERY_S: Final = 1.0  # names, drained rows, linger
 SETTLE_AT_END_S: Final = 5.0  # a busy server takes its time to end sessions in the middle of a query
@@ -202,7 +204,8 @@ class Daemon:
             self._check(now)
         if self._depart_by is not None and (now >= self._depart_by or not self._has_siblings()):
             self._is_ending = True
-        self._next_tick = now + (ENDING_TICK_S if self.reaper.awaits_an_end else BUSY_TICK_S if waiters else TICK_S)
+        pause = ENDING_TICK_S if self.reaper.awaits_an_end else BUSY_TICK_S if waiters else TICK_S
+        self._next_tick = min(now + pause, max(now + LEAST_TICK_S, self.arbiter.due))
 
     def _rows_to_leave(self) -> set[int]:
         """Return the worker rows with something new to close: connections that rest at endpoints that are not READY."""

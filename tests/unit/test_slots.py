@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections.abc import Iterator
 
@@ -296,6 +297,35 @@ def test_who_is_told_of_a_waiter_sees_it(pool: Host, table: SlotTable) -> None:
     assert table.wait(token, pool.groups["write"], pool.route, monotonic() + 30, tell=tell)
     assert seen == [Use.WAITING]
     table.release(token)
+
+
+def test_naps_grow_with_the_wait(pool: Host, table: SlotTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ring wakes who has slept longest, so who waits longer sleeps longer; and looks without a ring once a slice."""
+    clock, naps, looks = [100.0], list[float](), list[float]()
+
+    def sleep(bell: semaphores.Semaphore, seconds: float) -> bool:
+        naps.append(seconds)
+        clock[0] += min(seconds, semaphores.SLICE_S)
+        return False
+
+    def route() -> list[slots.EndpointPermits]:
+        looks.append(clock[0])
+        return pool.route()
+
+    monkeypatch.setattr(slots, "sleep_on", sleep)
+    monkeypatch.setattr(slots, "monotonic", lambda: clock[0])
+    other = pool.add_worker()
+    held = pool.hold(other, "write")
+    token = table.take(pool.groups["write"])
+    assert not table.wait(token, pool.groups["write"], route, deadline=101.0)
+    assert naps[0] == slots.LEAST_NAP_S
+    growing = naps[: naps.index(max(naps)) + 1]
+    assert growing == sorted(growing)
+    assert growing[-1] >= semaphores.SLICE_S
+    pauses = [after - before for before, after in itertools.pairwise(looks)]
+    assert semaphores.SLICE_S <= min(pauses) <= max(pauses) < 2 * semaphores.SLICE_S
+    table.put_back(token)
+    other.release(held)
 
 
 def test_waiter_for_an_endpoint_says_so(pool: Host, table: SlotTable) -> None:

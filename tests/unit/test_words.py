@@ -113,10 +113,10 @@ def test_status_word_round_trip(
     assert status.admin == max(config, operator)
 
 
-@given(st.sampled_from(Use), INDICES, st.booleans())
-def test_use_word_round_trip(use: Use, group: int, waits: bool) -> None:
+@given(st.sampled_from(Use), INDICES, st.booleans(), st.booleans())
+def test_use_word_round_trip(use: Use, group: int, waits: bool, is_choosy: bool) -> None:
     """A use word carries use, group and what a waiter waits for."""
-    word = UseWord(use, group, waits)
+    word = UseWord(use, group, waits, is_choosy)
     assert UseWord.of(word.word()) == word
 
 

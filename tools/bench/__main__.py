@@ -77,8 +77,13 @@ def main() -> None:
 
         peers(sys.argv[2:])
         return
+    if sys.argv[1:2] == ["tenure"]:
+        from tools.bench.tenure import main as tenure
+
+        tenure(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
-    told = f"of: {', '.join(SECTIONS)} (default: all of these), {FAILOVER}; or `peers --help`"
+    told = f"of: {', '.join(SECTIONS)} (default: all of these), {FAILOVER}; or `peers --help`, `tenure --help`"
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=told)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="alternating rounds (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help=f"{FAILOVER}: shorter runs")

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from shmpool.clock import monotonic
 from shmpool.layout import GROUPS, RECALL_WORDS
 from shmpool.rows import Server
 from shmpool.states import ServerKind, Use
@@ -16,15 +19,19 @@ from shmpool_coordinator.arbiter import (
     PATIENCE_S,
     Arbiter,
     Held,
+    Pace,
     Recall,
     Waiter,
     choose,
     find_overlapping,
+    queue_lengths,
     waiting_groups,
 )
+from shmpool_coordinator.tenure import CEILING_S
 from tests.support.desk import Desk, config_of, desk
 
 NOW = 1000.0
+PACE = Pace(tenure=0.1, pause=0.005)
 
 
 def held(slot: int, **values: Any) -> Held:
@@ -43,9 +50,9 @@ def held(slot: int, **values: Any) -> Held:
     return Held(**(defaults | values))
 
 
-def waiter(slot: int, group: int = 0, for_endpoint: bool = False) -> Waiter:
+def waiter(slot: int, group: int = 0, for_endpoint: bool = False, **values: Any) -> Waiter:
     """Return a waiter of a row of its own."""
-    return Waiter(slot, slot, group, for_endpoint)
+    return Waiter(slot, **({"row": slot, "group": group, "for_endpoint": for_endpoint} | values))
 
 
 def chosen(
@@ -57,6 +64,7 @@ def chosen(
         "endpoint_values": {},
         "usable": {0: frozenset({0}), 1: frozenset({0, 1})},
         "least": {},
+        "paces": {0: PACE, 1: PACE},
         "now": NOW,
     }
     found = choose(waiters, connections, recalls or {}, **(arguments | values))
@@ -162,6 +170,132 @@ def test_other_groups_connections_count_for_endpoint_waiters_only() -> None:
     assert chosen([waiter(9, for_endpoint=True)], [held(1, endpoint=1)]) == []
 
 
+def busy(slot: int, row: int, **values: Any) -> Held:
+    """Return a connection in short use, past its tenure."""
+    return held(slot, row=row, **({"is_idle": False, "idle_since": NOW} | values))
+
+
+JUST_USED = {"idle_since": NOW - PACE.pause / 2, "opened_at": NOW - PACE.tenure / 2}
+
+
+def test_a_worker_between_two_requests_keeps_its_connection() -> None:
+    """Unused for less than a pause, it is busy: its tenure counts, and those that rest go first."""
+    assert chosen([waiter(9)], [held(1, **JUST_USED)]) == []
+    assert chosen([waiter(9)], [held(1, **JUST_USED)], now=NOW + PACE.pause) == [1]
+    assert chosen([waiter(9)], [held(1, **JUST_USED)], now=NOW + PACE.tenure) == [1]
+    assert chosen([waiter(9)], [held(1, idle_since=NOW - 0.001), held(2)]) == [2]
+
+
+def test_nothing_moves_to_a_worker_that_has_as_many() -> None:
+    """Only from one that has two more: neither from the waiter's own, nor to swap who has to wait."""
+    assert chosen([waiter(1)], [busy(1, row=1), busy(2, row=2)]) == []
+    assert chosen([waiter(1)], [busy(1, row=1), busy(2, row=2), busy(3, row=2)]) == []
+    assert chosen([waiter(1)], [busy(n, row=min(n, 2), opened_at=n) for n in (1, 2, 3, 4)]) == [2]
+
+
+def test_what_rested_for_a_tenure_goes_to_whoever_waits() -> None:
+    """A worker that hardly uses its second connection does not keep it from one that has many threads."""
+    rested, used = NOW - PACE.tenure, NOW - PACE.tenure / 2
+    connections = [busy(1, row=1), busy(2, row=2)]
+    assert chosen([waiter(1)], [*connections, held(3, row=2, idle_since=used)]) == []
+    assert chosen([waiter(1)], [*connections, held(3, row=2, idle_since=rested)]) == [3]
+
+
+def test_connections_being_opened_count() -> None:
+    """Of the waiter's worker as well as of the one that is to give."""
+    connections = [busy(2, row=2), busy(3, row=2)]
+    assert chosen([waiter(1)], connections) == [2]
+    assert chosen([waiter(1)], connections, opening={(1, 0): 1}) == []
+    assert chosen([waiter(1)], connections, opening={(1, 0): 1, (2, 0): 1}) == [2]
+
+
+def test_what_was_recalled_is_its_workers_no_more() -> None:
+    """A waiter whose worker is about to lose its only connection has none."""
+    recalls = {1: Recall(101, 0, 0, NOW)}
+    connections = [busy(1, row=1), busy(2, row=2)]
+    assert chosen([waiter(9), waiter(1)], connections, recalls) == [2]
+
+
+def test_those_go_first_whose_worker_has_others() -> None:
+    """A worker without any takes from one that has two, not from one that has had its only one for longer."""
+    connections = [busy(1, row=1, opened_at=1.0), busy(2, row=2, opened_at=2.0), busy(3, row=2, opened_at=3.0)]
+    assert chosen([waiter(9)], connections) == [2]
+
+
+def test_a_worker_whose_connections_are_all_in_long_use_is_served() -> None:
+    """They may not be back in time; but two workers in long use gain nothing from each other."""
+    assert chosen([waiter(1)], [held(1, **LONG), busy(2, row=2)]) == [2]
+    assert chosen([waiter(1)], [held(1, **LONG), held(2, **LONG)]) == []
+
+
+def test_a_choosy_waiter_has_nothing_of_its_own() -> None:
+    """What its worker has does not serve it, nor does its worker's next checkin."""
+    assert chosen([waiter(1, is_choosy=True)], [busy(1, row=1), busy(2, row=2, opened_at=1.0)]) == [2]
+
+
+def test_another_groups_connections_are_not_the_waiters_own() -> None:
+    """Who waits for an endpoint has nothing yet, whatever its worker holds for another group there."""
+    connections = [busy(1, row=1, group=1)]
+    assert chosen([waiter(1, for_endpoint=True)], connections) == [1]
+    assert chosen([waiter(1, for_endpoint=True)], [*connections, busy(2, row=1)]) == []
+
+
+def test_an_old_worker_gives_to_a_new_one_that_has_some() -> None:
+    """Beside the new generation what rests in the old one moves at once; elsewhere a number means nothing."""
+    connections = [busy(1, row=1, server_generation=2), held(2, idle_since=NOW - PACE.pause, server_generation=1)]
+    new, stranger = waiter(1, server_generation=2), waiter(3)
+    assert chosen([new], connections, overlapping={1, 2}) == [2]
+    assert chosen([new], connections) == []
+    connections.append(busy(3, row=3))
+    assert chosen([stranger], connections, overlapping={1, 2}) == [2]
+    assert chosen([stranger], connections) == []
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=6).filter(lambda counts: sum(counts) >= len(counts)), st.data())
+def test_workers_that_all_wait_come_within_one_of_each_other_and_stay(counts: list[int], data: st.DataObject) -> None:
+    """No more moves than connections; afterwards nobody's thread gets less than half of the mean."""
+    rows = [row for row, count in enumerate(counts) for _ in range(count)]
+    for _ in range(len(rows) + 1):
+        connections = [busy(slot, row, opened_at=data.draw(st.floats(1, 9))) for slot, row in enumerate(rows)]
+        found = {row: chosen([waiter(row)], connections) for row in range(len(counts))}
+        moves = [(slots[0], row) for row, slots in found.items() if slots]
+        if not moves:
+            break
+        slot, row = data.draw(st.sampled_from(moves))
+        rows[slot] = row
+    else:
+        pytest.fail("they never stop")
+    has = [rows.count(row) for row in range(len(counts))]
+    assert max(has) - min(has) <= 1
+    assert min(has) >= len(rows) / len(counts) / 2
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.integers(0, 2)), max_size=8), st.lists(st.integers(0, 4))
+)
+def test_a_waiter_that_has_none_is_never_left_without(
+    connections: list[tuple[int, bool, int]], rows: list[int]
+) -> None:
+    """As long as anything is idle or past its tenure, each waiter that has none brings a recall; none brings two."""
+    made = [
+        held(slot, row=row, is_idle=is_idle, idle_since=NOW - used)
+        for slot, (row, is_idle, used) in enumerate(connections)
+    ]
+    waiters = [waiter(100 + n, row=row) for n, row in enumerate(rows)]
+    found = chosen(waiters, made)
+    owners = {h.row for h in made}
+    assert len(set(found)) == len(found) <= len(waiters)
+    assert len(found) >= min(len(made), sum(row not in owners for row in rows))
+
+
+def test_queues_are_of_workers_that_have_none() -> None:
+    """For each connection of the group; who waits for an endpoint counts everywhere."""
+    counts = {(1, 0): 2, (2, 1): 1}
+    assert queue_lengths([waiter(1), waiter(3), waiter(4)], counts) == {0: 1.0, 1: 0.0}
+    assert queue_lengths([waiter(3, for_endpoint=True), waiter(4)], counts) == {0: 1.0, 1: 1.0}
+    assert queue_lengths([waiter(1)], {}) == {}
+
+
 @pytest.fixture
 def pool(pool_name: str) -> Iterator[Desk]:
     """A pool whose two group permits can be held."""
@@ -184,13 +318,14 @@ def test_recall_is_written_and_withdrawn(pool: Desk) -> None:
         usable = registry.endpoints.usable()
         return arbiter.tick(arbiter.waiters(), settings, usable, registry.permits, now)
 
+    now = monotonic() + CEILING_S  # it has rested for long
     assert waiting_groups(arbiter.waiters()) == ({0}, set())
-    assert tick(NOW) == {0}
+    assert tick(now) == {0}
     assert segment.words[token.recall_at] == pool.word(token)
     assert segment.words[segment.layout.at(GROUPS, 0, "recalls")] == 1
-    assert tick(NOW) == set()
+    assert tick(now) == set()
     segment.words[waiting.use_at] = 0
-    assert tick(NOW) == set()
+    assert tick(now) == set()
     assert segment.words[token.recall_at] == 0
     arbiter.close()
 
