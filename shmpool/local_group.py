@@ -421,7 +421,7 @@ class LocalGroup:
             leave=lambda: self._leave(attempt, is_for_first=attempt.only is None),
             stand_aside=scout.sleep,
             tell=lambda: self.attachment.say_waiting(self.permits.index),
-            is_choosy=attempt.only is not None,
+            is_choosy=attempt.only is not None or len(self.attachment.users) > 1,  # another pool's are not for this one
         )
 
     def _take_token(self) -> Lease | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 
 from shmpool import Pool
 from shmpool_coordinator.arbiter import PATIENCE_S
 from tests.support.coordinator import running_coordinator
+from tests.support.endpoints import coordinating
 from tests.support.reloads import TightRole, tight_config
-from tests.support.workers import is_connected, read_line, worker
+from tests.support.waiting import wait_until
+from tests.support.workers import is_connected, one_value, pool_of, read_line, worker
 from tools.pg_cluster import Server
 
 KEPT = 2
@@ -101,3 +104,28 @@ def test_a_waiter_does_not_wait_for_a_connection_in_long_use(primary: Server, po
 def left(server: Server, sessions: set[int]) -> int:
     """Return how many of these sessions the server still has."""
     return sum(is_connected(server, pid) for pid in sessions)
+
+
+def test_pools_of_one_process_do_not_starve_each_other(primary: Server, pool_name: str) -> None:
+    """Threads that keep all connections of a group busy leave one to another pool object of their process."""
+    until = time.monotonic() + 3
+
+    def work(pool: Pool) -> None:
+        while time.monotonic() < until:
+            with pool.connection("only", timeout=10) as conn:
+                one_value(conn, "select pg_sleep(0.002)::text")
+
+    groups = {"only": 'connections = 2\ntarget = "primary"\nautocommit = true'}
+    with (
+        coordinating(pool_name, {"pg1": primary.port}, groups),
+        pool_of(pool_name) as busy,
+        Pool(pool_name) as other,
+    ):
+        threads = [threading.Thread(target=work, args=(busy,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: busy.statistics().get("only", {}).get("waiting", 0) > 0)
+        with other.connection("only", timeout=2) as conn:
+            assert one_value(conn, "select 'served'") == "served"
+        for thread in threads:
+            thread.join()
