@@ -47,7 +47,7 @@ def test_length_of_the_queue_is_never_negative() -> None:
     group = LocalGroup.__new__(LocalGroup)
     group.idle = deque()
     group.queue = Queue(group.idle)
-    group.attachment = Mock()
+    group.attachment = Mock(users=())
     group.permits = Mock()
     group.table = cast(SlotTable, Table())
     assert not group._wait_on_bell(Mock(), Attempt(), 0.0, Waiter(HERE))
