@@ -236,9 +236,9 @@ def test_frozen_replica_does_not_keep_the_reader(pool: Pool, cluster: Cluster) -
     (standby,) = cluster.standbys
     with pool.connection("read") as conn:
         assert is_on_replica(conn)
-    position = written(pool, 7)
-    standby.pause()
+    standby.pause()  # before the write: no probe can have seen it there
     try:
+        position = written(pool, 7)
         began = time.monotonic()
         with pool.connection("read", after=position) as conn:
             assert not is_on_replica(conn)
