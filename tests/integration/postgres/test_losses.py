@@ -14,7 +14,7 @@ from psycopg2.extensions import cursor
 from psycopg2.extras import DictConnection, DictCursor, NamedTupleCursor, RealDictCursor
 
 from shmpool import Connection, ConnectionLost, Handle, Pool, PoolError, TransactionOutcomeUnknown
-from shmpool.losses import TellingCursor
+from shmpool.losses import PlainCursor, TellingCursor
 from tests.support.losing import end, execute, losing_coordinator
 from tests.support.relay import Relay
 from tests.support.waiting import wait_until
@@ -277,7 +277,7 @@ def test_cursor_classes_stay_what_they_are(name: str, kind: type[cursor]) -> Non
         assert len(list(cur)) == 2
         conn.rollback()
         conn.cursor_factory = None
-        assert type(conn.cursor()) is TellingCursor
+        assert type(conn.cursor()) is PlainCursor
         assert conn.cursor_factory is None
         cur = conn.cursor(cursor_factory=kind)
         lost_by(lambda: cur.execute(SUICIDE))
@@ -299,7 +299,7 @@ def test_function_as_cursor_factory(pool: Pool) -> None:
         conn.cursor_factory = made_by_function
         assert type(conn.cursor()) is RealDictCursor
     with pool.connection("auto") as conn:
-        assert type(conn.cursor()) is TellingCursor
+        assert type(conn.cursor()) is PlainCursor
 
 
 class Before(DictConnection, Connection):
