@@ -10,6 +10,7 @@ If a process dies.  Its recalls become outdated with its slot words; a new coord
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from shmpool_coordinator.tenure import pause, tenure
 PATIENCE_S: Final = 1.0  # a worker that did not react for so long is passed over
 
 LONG_USE_S: Final = 0.1  # who has checked out for so long may go on for much longer, or is about to be killed
+
+_HOLDING: Final = (Use.IDLE, Use.ACTIVE, Use.OPENING, Use.CLOSING)
 
 _SINCE: Final = SLOTS.column("since")
 _OPENED_AT: Final = SLOTS.column("opened_at")
@@ -327,15 +330,10 @@ class Arbiter:
         """Let go of the words."""
         self._uses.release()
 
-    def slots_in(self, use: Use) -> list[int]:
-        """Return the slots whose use word says `use`, those of dead workers included."""
+    def slots_in(self, *uses: Use) -> list[int]:
+        """Return the slots whose use word says one of some uses, those of dead workers included."""
         codes = self._uses.tobytes()[::8]  # the low byte of each use word
-        found = []
-        slot = codes.find(use)
-        while slot >= 0:
-            found.append(slot)
-            slot = codes.find(use, slot + 1)
-        return found
+        return [match.start() for match in re.finditer(b"[%s]" % re.escape(bytes(uses)), codes)]
 
     def idle_at(self, endpoints: Collection[int]) -> dict[int, int]:
         """Return, by slot, the slot words of connections that rest at one of these endpoints."""
@@ -422,8 +420,7 @@ class Arbiter:
     def _overlapping(self, waiters: Sequence[Waiter]) -> set[int]:
         """Return the rows, of those that hold or want anything, that have another generation beside them."""
         words, shape = self.segment.words, self.segment.layout
-        slots = words[self._slots_at : self._slots_at + shape.slots].tolist()
-        rows = {slot // shape.slots_per_worker for slot, word in enumerate(slots) if word & FIELDS_MASK}
+        rows = {slot // shape.slots_per_worker for slot in self.slots_in(*_HOLDING)}
         servers = {}
         for row in rows | {waiter.row for waiter in waiters}:
             at = shape.at(WORKERS, row)
@@ -442,7 +439,8 @@ class Arbiter:
         """Return every connection of a live worker that is idle or in use."""
         shape, words, times = self.segment.layout, self.segment.words, self.segment.times
         found = []
-        for slot, word in enumerate(words[self._slots_at : self._slots_at + shape.slots].tolist()):
+        for slot in self.slots_in(Use.IDLE, Use.ACTIVE):
+            word = words[self._slots_at + slot]
             if word & FIELDS_MASK != BOTH_YES or word & ORPHAN:
                 continue
             use = self._uses[slot] & 0xFF
