@@ -25,10 +25,10 @@ from shmpool.pool_errors import NoEligibleEndpoint, PoolTimeout, TooManyWaiting
 from shmpool.reports import describe_group
 from shmpool.router import Attempt, Router
 from shmpool.routing import Route
-from shmpool.semaphores import SLICE_S
+from shmpool.semaphores import SLICE_S, Semaphore, sleep_on
 from shmpool.settings import GroupSettings
 from shmpool.slots import EndpointPermits, GroupPermits
-from shmpool.waiting import Presence, Queue, Waiter, refuse_in_event_loop
+from shmpool.waiting import REST_S, Presence, Queue, Waiter, refuse_in_event_loop
 from shmpool.warmup import WarmUp
 from shmpool.words import MOVE, Status
 
@@ -278,6 +278,7 @@ class LocalGroup:
         presence = Presence()
         waiter = Waiter(presence, is_high=is_high)
         self.queue.enter(waiter)
+        was_served = False
         try:
             if may_wait:
                 self._bound_waiting(waiter)
@@ -286,9 +287,15 @@ class LocalGroup:
                     tidy(self.table)
                 if self.is_retired:
                     raise DisownedError("this group was replaced, or its pool was closed")
-                lease = self._take_handed(waiter) or self.pop_idle()
+                lease = self._take_handed(waiter)
+                was_served = lease is not None
+                if lease is None:
+                    lease = self.pop_idle()
+                may_rest = False
                 if lease is None and self.queue.take_scouting(waiter):
-                    lease = self._scouted(waiter, attempt, deadline)
+                    may_rest = not self.queue.is_look_due()
+                    if not may_rest:
+                        lease = self._scouted(waiter, attempt, deadline)
                 if lease is not None:
                     attempt.failures.clear()  # their tracebacks refer to tokens: a forgotten one is to be dropped
                     lease.table.count_wait(lease, monotonic() - waiter.since)
@@ -296,10 +303,12 @@ class LocalGroup:
                 remaining = deadline - monotonic()
                 if remaining <= 0:
                     raise self.give_up(attempt, monotonic() - waiter.since)
-                if not self.queue.is_scout(waiter):
+                if may_rest:
+                    waiter.sleep(min(remaining, REST_S))
+                elif not waiter.handed and not self.queue.is_scout(waiter):
                     waiter.sleep(remaining)
         finally:
-            self._leave_queue(waiter)
+            self._leave_queue(waiter, was_served=was_served)
 
     def _take_handed(self, waiter: Waiter) -> Lease | None:
         try:
@@ -322,11 +331,12 @@ class LocalGroup:
             self._count(slots.REFUSED)
             raise TooManyWaiting(self.settings.name, most)
 
-    def _leave_queue(self, waiter: Waiter) -> None:
+    def _leave_queue(self, waiter: Waiter, *, was_served: bool = False) -> None:
         """End a call that waited; what was handed over to it meanwhile rests again."""
-        self.queue.leave(waiter)
-        with contextlib.suppress(IndexError):
-            self.put_idle(waiter.handed.pop())
+        self.queue.leave(waiter, was_served=was_served)
+        if waiter.handed:
+            with contextlib.suppress(IndexError):
+                self.put_idle(waiter.handed.pop())
 
     def _scouted(self, waiter: Waiter, attempt: Attempt, deadline: float) -> Lease | None:
         """Get a permit and open a connection: for the head of the queue, or for the scout itself."""
@@ -357,6 +367,8 @@ class LocalGroup:
         """Claim permits, as scout sleeping on the group's bells, and open a connection; None: look again."""
         if self.is_retired or not self.attachment.is_current():
             raise DisownedError("this group was replaced, or the attachment is not this process's any more")
+        if scout is None and self.permits.semaphore.value <= self._leave(attempt):
+            return None  # the common case under load
         self._be_polite(deadline)
         route = self.router.route(attempt)
         has_nowhere = not route.order and (not route.last_resort or (attempt.has_tried and monotonic() >= deadline))
@@ -411,6 +423,16 @@ class LocalGroup:
             is_over = self.is_retired or not self.attachment.is_current()
             return bool((self.idle and not is_choosy) or scout.handed) or relieved or is_over
 
+        def rest(bell: Semaphore, seconds: float) -> bool:
+            if attempt.only is None and self.queue.is_lively():
+                scout.sleep(min(seconds, REST_S))
+                return bool(self.permits.semaphore.value > attempt.left)
+            scout.is_on_bell = True
+            try:
+                return not scout.handed and sleep_on(bell, seconds)
+            finally:
+                scout.is_on_bell = False
+
         return self.table.wait(
             token,
             self.permits,
@@ -420,6 +442,7 @@ class LocalGroup:
             queued=lambda: max(0, len(self.queue.waiters) - 1),  # this one may just be out of the queue, to be served
             leave=lambda: self._leave(attempt, is_for_first=attempt.only is None),
             stand_aside=scout.sleep,
+            rest=rest,
             tell=lambda: self.attachment.say_waiting(self.permits.index),
             is_choosy=attempt.only is not None or len(self.attachment.users) > 1,  # another pool's are not for this one
         )
@@ -446,8 +469,9 @@ class LocalGroup:
         self._count(slots.TIMEOUTS)
         if attempt.failures:
             return next(reversed(attempt.failures.values()))
-        if attempt.route is not None and not attempt.route.order:
-            return NoEligibleEndpoint(self.settings.name, self.settings.target, self.router.reasons(attempt.route))
+        route = attempt.route or self.router.route(attempt)
+        if not route.order:
+            return NoEligibleEndpoint(self.settings.name, self.settings.target, self.router.reasons(route))
         told = describe_group(self.attachment.segment, self.settings.name, self.permits, waited)
         if self.settings.reserve and not attempt.is_high:
             told += f"; {self.settings.reserve} reserved for high priority"

@@ -51,8 +51,9 @@ from shmpool.words import (
     group_part,
 )
 
-ENDPOINT_SLICES: Final = 4  # slices that a waiter keeps its group permit while every endpoint is busy
+ENDPOINT_PATIENCE_S: Final = 0.2  # how long a waiter keeps its group permit while every endpoint is busy
 ASIDE_S: Final = 0.002  # off the bell after a ring was passed on: time for others to hear it
+# A ring wakes who has slept on the bell longest.  As naps grow with the wait, that is mostly who has waited longest.
 LEAST_NAP_S: Final = 0.005
 NAP_OF_WAIT: Final = 0.1
 _FRESH: Final = -1  # tokens whose slot counts for no group yet
@@ -549,6 +550,7 @@ class SlotTable:
         queued: Callable[[], int] = lambda: 0,
         leave: Callable[[], int] = lambda: 0,
         stand_aside: Callable[[float], object] = time.sleep,
+        rest: Callable[[Semaphore, float], bool] = sleep_on,
         tell: Callable[[], None] = lambda: None,
         is_choosy: bool = False,
     ) -> bool:
@@ -563,6 +565,7 @@ class SlotTable:
             queued: how many threads wait behind this one, for status.
             leave: as of `claim`, asked before each.  A ring that tells of permits for others is passed on, once.
             stand_aside: sleeps for so many seconds, but not on the bell: others are to hear it.
+            rest: sleeps until a bell rings, for so many seconds at most; True: there is reason to claim.
             tell: called once this thread is seen to wait.
             is_choosy: the process's own connections do not serve this thread.
         """
@@ -572,7 +575,7 @@ class SlotTable:
         if outcome is Outcome.GRANTED:
             return True
         self.times[detail + SINCE] = began = tried_at = monotonic()
-        slices = 0
+        has_group_since = began
         waits_for_endpoint = has_passed_on = is_told = False
         try:
             while outcome is not Outcome.GRANTED:
@@ -585,16 +588,15 @@ class SlotTable:
                 if not is_told:  # after the word: who is told looks for it at once
                     is_told = True
                     tell()
-                if waits_for_endpoint:
-                    has_rung = sleep_on(group.endpoint_bell, remaining)
-                else:
-                    has_rung = sleep_on(group.bell, min(remaining, self._nap(group, monotonic() - began)))
+                nap = min(remaining, max(LEAST_NAP_S, (monotonic() - began) * NAP_OF_WAIT))
+                has_rung = rest(group.endpoint_bell if waits_for_endpoint else group.bell, nap)
+                if not waits_for_endpoint:
                     if not has_rung and monotonic() - tried_at < SLICE_S:
                         continue  # a free permit is for whom its ring wakes
                     tried_at = monotonic()
                     kept = leave()
                     outcome = self.claim(token, group, route(), kept)
-                    slices = 0
+                    has_group_since = tried_at
                     is_for_others = has_rung and outcome is Outcome.GROUP_BUSY and 0 < group.semaphore.value <= kept
                     has_passed_on = is_for_others and not has_passed_on  # what comes back nobody wanted
                     if has_passed_on:
@@ -602,8 +604,7 @@ class SlotTable:
                         stand_aside(ASIDE_S)
                     continue
                 outcome = self.claim_endpoint(token, route())  # also before giving up: a ring may have been taken
-                slices += 1
-                if outcome is Outcome.ENDPOINTS_BUSY and slices > ENDPOINT_SLICES:
+                if outcome is Outcome.ENDPOINTS_BUSY and monotonic() - has_group_since > ENDPOINT_PATIENCE_S:
                     self.give_up(token)
                     outcome = Outcome.GROUP_BUSY
             if outcome is Outcome.ENDPOINTS_BUSY:
@@ -617,14 +618,6 @@ class SlotTable:
         if waits_for_endpoint and endpoint is not None and endpoint.semaphore.value > 0:
             ring(group.endpoint_bell)
         return outcome is Outcome.GRANTED
-
-    def _nap(self, group: GroupPermits, waited: float) -> float:
-        """Return how long to sleep on a group's bell before the next look, in seconds.
-
-        A ring wakes who has slept longest.  If all slept as long, that would be anybody; as naps grow with the wait,
-        it is mostly who has waited longest.  Not where the process holds more, and its own checkins serve it as well.
-        """
-        return max(LEAST_NAP_S, waited * NAP_OF_WAIT) if self.out(group) < 2 else SLICE_S
 
     def count_wait(self, token: Token, waited: float) -> None:
         """Add a wait, in seconds, to the slot's counters."""

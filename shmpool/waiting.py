@@ -1,8 +1,12 @@
 """The threads of one process that wait for a connection of a group.
 
-Threads queue in order of arrival, those of high priority before the others; one of them, the scout, sleeps on the
-group's bell for all.  What comes first serves the head of the queue: a checkin of this process, or the connection that
-the scout opened with a permit.
+Threads queue in order of arrival, those of high priority before the others; one of them, the scout, looks for permits
+for all.  What comes first serves the head of the queue: a checkin of this process, or the connection that the scout
+opened with a permit.
+
+A scout that sleeps on the group's bell cannot be woken by its own process: a stranger may take the ring.  So it sleeps
+there only while no checkin serves the queue.  Else it sleeps on its lock like the others and is served in its turn; one
+in LOOK_EVERY_S looks for permits meanwhile, every REST_S, and is seen to wait.
 
 Guarantees: a connection that is handed over and not taken goes back to the idle ones.
 Threads.  Deques and single attribute stores carry all shared state: no lock but the one that each waiter sleeps on.
@@ -28,6 +32,9 @@ from shmpool.semaphores import SLICE_S, Semaphore, ring
 if TYPE_CHECKING:
     from shmpool.lease import Lease
 
+LIVELY_S: Final = 0.02  # since the last checkin that served the queue: so long another one is expected
+LOOK_EVERY_S: Final = 0.1  # while checkins serve the queue, and waits are short: a look costs as much as a few of them
+REST_S: Final = 0.005  # a scout's sleep on its lock
 _is_high: Final = attrgetter("is_high")
 
 
@@ -43,15 +50,18 @@ class Waiter:
     Whoever hands something over looks at `is_gone` afterwards; whoever goes calls `go` before looking at `handed`:
     one of the two takes it back.  A call that a signal handler ended before it could go has dropped its presence.
 
+    Whoever is about to sleep on the bell sets `is_on_bell` before it looks at `handed` once more.
+
     Args:
         presence: what the waiting call alone refers to.
         is_high: whether it is served before those that are not.
     """
 
-    __slots__ = ("_has_left", "_presence", "handed", "is_high", "lock", "since")
+    __slots__ = ("_has_left", "_presence", "handed", "is_high", "is_on_bell", "lock", "since")
 
     def __init__(self, presence: Presence, *, is_high: bool = False) -> None:
         self.is_high = is_high
+        self.is_on_bell = False
         self.handed: deque[Lease] = deque()
         self._has_left = False
         self._presence = weakref.ref(presence)
@@ -70,8 +80,10 @@ class Waiter:
 
     def wake(self) -> None:
         """Let the thread look again."""
-        with contextlib.suppress(RuntimeError):  # it is awake already
+        try:
             self.lock.release()
+        except RuntimeError:
+            return  # it is awake already
 
     def sleep(self, seconds: float) -> None:
         """Sleep until woken, for one slice at most."""
@@ -89,6 +101,8 @@ class Queue:
         self.waiters: deque[Waiter] = deque()
         self._idle = idle
         self._scout: Waiter | None = None
+        self._served_at = -LIVELY_S  # monotonic
+        self._look_at = 0.0  # monotonic
 
     def enter(self, waiter: Waiter) -> None:
         """Queue a thread: behind its like, and one of high priority before all others."""
@@ -132,8 +146,22 @@ class Queue:
             except IndexError:
                 self.put_back(waiter)
                 return
-            if not self._hand(waiter, lease, bell):
+            if self._hand(waiter, lease, bell):
+                self._served_at = monotonic()
+            else:
                 self._idle.append(lease)
+
+    def is_lively(self) -> bool:
+        """Whether checkins of this process serve the queue."""
+        return monotonic() - self._served_at < LIVELY_S
+
+    def is_look_due(self) -> bool:
+        """Whether the scout is to look for permits now, and not only rest."""
+        now = monotonic()
+        if now < self._look_at and now - self._served_at < LIVELY_S:
+            return False
+        self._look_at = now + LOOK_EVERY_S
+        return True
 
     def serve_high(self, lease: Lease, bell: Semaphore) -> bool:
         """Hand a connection to the first thread of high priority; return whether there was one."""
@@ -152,7 +180,7 @@ class Queue:
         """Hand a connection to a thread that was taken out of the queue; False: it has gone, and did not take it."""
         waiter.handed.append(lease)
         waiter.wake()
-        if waiter is self._scout:
+        if waiter.is_on_bell:
             ring(bell)
         if waiter.is_gone:
             with contextlib.suppress(IndexError):
@@ -161,9 +189,9 @@ class Queue:
         return True
 
     def _next_to_serve(self) -> Waiter | None:
-        """Take the first waiter out of the queue; a scout only if it goes first by right, or wakes on its lock."""
+        """Take the first waiter out of the queue; one that sleeps on the bell only if it goes first by right."""
         waiter = self._pop_waiter()
-        if waiter is None or waiter is not self._scout or waiter.is_high:
+        if waiter is None or not waiter.is_on_bell or waiter.is_high:
             return waiter
         following = self._pop_waiter()
         self.put_back(waiter)
@@ -171,12 +199,13 @@ class Queue:
 
     def _pop_waiter(self) -> Waiter | None:
         """Take the first waiter out of the queue; one that went while it was out of it is forgotten."""
-        with contextlib.suppress(IndexError):
+        try:
             while True:
                 waiter = self.waiters.popleft()
                 if not waiter.is_gone:
                     return waiter
-        return None
+        except IndexError:
+            return None
 
     def take_scouting(self, waiter: Waiter) -> bool:
         """Have a thread sleep on the bell for all if no other does; return whether it does.  Two do no harm."""
@@ -216,12 +245,20 @@ class Queue:
                 self._scout = youngest
                 youngest.wake()
 
-    def leave(self, waiter: Waiter) -> None:
-        """Take a thread out whose call ends, and have another one scout in its place."""
+    def leave(self, waiter: Waiter, *, was_served: bool) -> None:
+        """Forget a thread whose call ends, and have another one scout in its place: at once, unless checkins serve.
+
+        Args:
+            was_served: it was taken out of the queue for what it was handed.
+        """
         waiter.go()
-        with contextlib.suppress(ValueError):
-            self.waiters.remove(waiter)
-        self.stop_scouting(waiter)
+        if not was_served:
+            with contextlib.suppress(ValueError):
+                self.waiters.remove(waiter)
+        if self._scout is waiter:
+            self._scout = None  # who comes next takes its place
+            if not self.is_lively():
+                self._wake_youngest(waiter)
 
     def _wake_youngest(self, but: Waiter) -> None:
         with contextlib.suppress(IndexError):

@@ -101,6 +101,49 @@ def test_a_waiter_does_not_wait_for_a_connection_in_long_use(primary: Server, po
         assert role.refusals == 0
 
 
+BUSY = """
+import sys, threading
+from shmpool import Pool
+
+with Pool(sys.argv[1]) as pool:
+    is_over = threading.Event()
+
+    def work():
+        while not is_over.is_set():
+            with pool.connection("read"):
+                is_over.wait(0.0005)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    sys.stdin.readline()
+    is_over.set()
+    for thread in threads:
+        thread.join()
+"""
+
+
+def test_waits_that_are_short_are_seen_too(primary: Server, pool_name: str) -> None:
+    """Threads that queue all the time, each for a moment, get what rests in other workers."""
+    with (
+        TightRole(primary, pool_name, 3) as role,
+        running_coordinator(tight_config(pool_name, role), pool_name),
+        Pool(pool_name) as pool,
+    ):
+        held = [pool.checkout("read") for _ in range(3)]
+        held.pop().close()
+        with worker(BUSY, pool_name) as busy:
+            wait_until(lambda: pool.statistics()["read"]["held"] == 2)
+            while held:
+                held.pop().close()
+            wait_until(lambda: pool.statistics()["read"]["held"] == 0, within=3)
+            assert busy.stdin is not None
+            busy.stdin.write("\n")
+            busy.stdin.flush()
+            busy.wait(10)
+        assert role.refusals == 0
+
+
 def left(server: Server, sessions: set[int]) -> int:
     """Return how many of these sessions the server still has."""
     return sum(is_connected(server, pid) for pid in sessions)

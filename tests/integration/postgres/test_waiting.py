@@ -93,6 +93,28 @@ def test_hand_over_does_not_wait_for_a_slice(pool: Pool, group: str) -> None:
     assert sorted(waits)[len(waits) // 2] < 0.025, waits
 
 
+def test_nobody_is_overtaken_while_checkins_serve(pool: Pool) -> None:
+    """Whoever queues, also the thread that looks for permits, has its turn after those that were there before."""
+    others = 11
+    handed = [0]  # by whoever has a connection
+    overtakers: list[int] = []
+    until = time.monotonic() + 1.0
+
+    def run() -> None:
+        while time.monotonic() < until:
+            before = handed[0]
+            with pool.connection("tx", timeout=10.0):
+                overtakers.append(handed[0] - before - others)
+                handed[0] += 1
+                time.sleep(0.002)
+
+    threads = [threading.Thread(target=run) for _ in range(others + 1)]
+    start(*threads)
+    join(*threads)
+    assert len(overtakers) > 300
+    assert max(overtakers) <= others, sorted(overtakers)[-10:]
+
+
 @pytest.mark.parametrize("group", ["one", "narrow"])
 def test_timeout_is_kept(pool: Pool, group: str) -> None:
     """A wait ends at its deadline, not much before or after; zero does not wait at all."""
