@@ -54,7 +54,7 @@ def told(of_rate: float, of_p99: float = 0.01, errors: int = 0) -> Round:
 def series(*rounds: Round) -> Series:
     """Make a series of rounds in which two workers with two threads each have served."""
     served = {("1", ".1"): 10, ("1", ".2"): 20, ("2", ".3"): 30, ("2", ".4"): 0}
-    return Series(rounds, 4, 0, served, None)
+    return Series(rounds, 4, 0, [served], None)
 
 
 def test_load_counts_what_was_served_and_what_failed() -> None:
@@ -91,10 +91,23 @@ def test_who_never_served_counts_for_the_least_share() -> None:
 def test_figures_of_a_series() -> None:
     """Counts add up by worker, CPU is told per request, and the longest request is that of any round."""
     one = series(told(100), told(200, errors=3))
-    assert sorted(one.workers()) == [30, 30]
+    shape = Shape("one", 2, 2, 4, 8)
+    assert (one.least_thread(shape), one.least_worker(shape)) == (0.0, 1.0)
     assert one.cpu().median == pytest.approx(4.0)
     assert one.cpu("server").median == pytest.approx(1.0)
     assert (one.errors, one.longest) == (3, 0.02)
+
+
+def test_starts_are_joined() -> None:
+    """Rounds follow each other, refusals add up, and the least served thread is that of a start in the middle."""
+    shape = Shape("one", 1, 2, 2, 4)
+    starts = [
+        Series([told(100)], sessions, 1, [{("1", ".1"): 10, ("1", ".2"): count}], None)
+        for sessions, count in ((2, 10), (1, 0), (2, 30))
+    ]
+    one = Series.joined(starts)
+    assert (len(one.rounds), one.sessions, one.refusals) == (3, 2, 3)
+    assert one.least_thread(shape) == 0.5
 
 
 def test_ratios_are_taken_round_by_round() -> None:
@@ -119,7 +132,7 @@ def test_figures_take_the_place_of_earlier_ones() -> None:
     assert replace_marked(page, "b", "more\n").endswith("### b\n\n<!-- figures: b -->\nmore\n<!-- end of figures -->\n")
 
 
-@pytest.mark.parametrize("arguments", [["--rounds", "1"], ["--seconds", "-1"], ["--case", "other"]])
+@pytest.mark.parametrize("arguments", [["--rounds", "1"], ["--starts", "-1"], ["--seconds", "-1"], ["--case", "other"]])
 def test_unusable_options_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is started."""
     with pytest.raises(SystemExit):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from shmpool.status import GroupReport
 from tools.bench.peers.measure import Sampler, refusals
-from tools.bench.peers.sites import Round, Shape, Site, role_of, running, twins
+from tools.bench.peers.sites import UNBOUNDED, Round, Shape, Site, role_of, running, twins
 from tools.bench.rounds import Quartiles, alternate, noise
 from tools.pg_cluster import Server
 
@@ -24,20 +24,31 @@ LEAD_S = 0.010  # what a move may cost beside a connect
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """All rounds of one peer in one comparison.
+    """All rounds of one peer in one comparison, start by start.
 
     Args:
         sessions: the most seen at the server.
         refusals: sessions beyond the limit that the server refused.
-        served: requests by process and thread.
-        group: of shmpool, the group's counters since its start.
+        served: for each start, requests by process and thread.
+        group: of shmpool, the group's counters in the last start.
     """
 
     rounds: Sequence[Round]
     sessions: int
     refusals: int
-    served: Mapping[tuple[str, str], int]
+    served: Sequence[Mapping[tuple[str, str], int]]
     group: GroupReport | None
+
+    @classmethod
+    def joined(cls, starts: Sequence[Series]) -> Series:
+        """Return the rounds of several starts as one series."""
+        return cls(
+            [one for start in starts for one in start.rounds],
+            max(start.sessions for start in starts),
+            sum(start.refusals for start in starts),
+            [served for start in starts for served in start.served],
+            starts[-1].group,
+        )
 
     def of(self, figure: Callable[[Round], float]) -> list[float]:
         """Return a figure of each round."""
@@ -63,12 +74,21 @@ class Series:
         """Return the most of one core that the load generator took in any round."""
         return max(one.told.cpu * one.told.rate / one.told.requests for one in self.rounds)
 
-    def workers(self) -> list[int]:
-        """Return what each worker served."""
-        served: Counter[str] = Counter()
-        for (worker, _), count in self.served.items():
-            served[worker] += count
-        return list(served.values())
+    def least_thread(self, shape: Shape) -> float:
+        """Return what the least served thread got, of the mean: median over the starts."""
+        threads = shape.workers * shape.threads
+        return statistics.median(least_share(list(served.values()), threads) for served in self.served)
+
+    def least_worker(self, shape: Shape) -> float:
+        """Return the same for workers."""
+        return statistics.median(least_share(_by_worker(served), shape.workers) for served in self.served)
+
+
+def _by_worker(served: Mapping[tuple[str, str], int]) -> list[int]:
+    counts: Counter[str] = Counter()
+    for (worker, _), count in served.items():
+        counts[worker] += count
+    return list(counts.values())
 
 
 def least_share(served: Sequence[int], expected: int) -> float:
@@ -138,10 +158,14 @@ class Effort:
 
     Args:
         seconds: of one round of one peer.
+        starts: how often everything is started anew.  Where the kernel puts a worker and its server process decides
+            more than a pool does, and lasts as long as they do.
+        rounds: of each start.
         peers: those that are wanted and can be had here.
     """
 
     seconds: float
+    starts: int
     rounds: int
     peers: Sequence[str]
     workloads: Sequence[str]
@@ -162,25 +186,10 @@ class Case:
 
 
 def compare(server: Server, shape: Shape, peers: Iterable[str], effort: Effort) -> Comparison:
-    """Measure the wanted ones of some peers in alternating rounds."""
+    """Measure the wanted ones of some peers in alternating rounds, in several starts."""
     chosen = [peer for peer in effort.peers if peer in set(peers)]
-    with running(server, shape, chosen) as sites, Sampler(server) as sampler:
-        before = {peer: refusals(server, role_of(peer)) for peer in chosen}
-
-        def measure(site: Site) -> Callable[[], Round]:
-            return lambda: site.round(effort.seconds)
-
-        found = alternate({peer: measure(site) for peer, site in sites.items()}, effort.rounds)
-        series = {
-            peer: Series(
-                found[peer],
-                sampler.most(role_of(peer)),
-                refusals(server, role_of(peer)) - before[peer],
-                sites[peer].served(),
-                sites[peer].group(),
-            )
-            for peer in chosen
-        }
+    starts = [_start(server, shape, chosen, effort) for _ in range(effort.starts)]
+    series = {peer: Series.joined([start[peer] for start in starts]) for peer in chosen}
     told = ", ".join(f"{peer} {Quartiles.of(one.of(rate)).median:.0f}" for peer, one in series.items())
     effort.say(f"{describe(shape)}: {told} requests/s")
     for peer, one in series.items():
@@ -188,6 +197,27 @@ def compare(server: Server, shape: Shape, peers: Iterable[str], effort: Effort) 
         if reason:
             effort.say(f"  {peer}: {one.errors} errors, the first: {reason}")
     return Comparison(shape, series)
+
+
+def _start(server: Server, shape: Shape, chosen: Sequence[str], effort: Effort) -> dict[str, Series]:
+    """Start everything, and measure some rounds."""
+    with running(server, shape, chosen) as sites, Sampler(server) as sampler:
+        before = {peer: refusals(server, role_of(peer)) for peer in chosen}
+
+        def measure(site: Site) -> Callable[[], Round]:
+            return lambda: site.round(effort.seconds)
+
+        found = alternate({peer: measure(site) for peer, site in sites.items()}, effort.rounds)
+        return {
+            peer: Series(
+                found[peer],
+                sampler.most(role_of(peer)),
+                refusals(server, role_of(peer)) - before[peer],
+                [sites[peer].served()],
+                sites[peer].group(),
+            )
+            for peer in chosen
+        }
 
 
 def describe(shape: Shape) -> str:
@@ -250,12 +280,17 @@ def threads_share(server: Server, effort: Effort) -> tuple[list[Comparison], lis
     for threads, connections in ((16, 8), (64, 16)):
         for workload in [one for one in effort.workloads if one != "ten"]:
             shape = Shape(workload, 4, threads, connections, 2 * 4 * threads)
-            found = compare(server, shape, ("shmpool", *POOLERS, *PER_WORKER), effort)
+            found = compare(server, shape, ("shmpool", *POOLERS, *PER_WORKER, UNBOUNDED), effort)
             comparisons.append(found)
             what = describe(shape)
             findings.append(at_least(f"{what}: of PgBouncer", found.ratio(rate, "pgbouncer"), 1.1))
             findings.append(at_most(f"{what}: p99, of PgBouncer's", found.ratio(p99, "pgbouncer"), 1.2))
-            share = least_share(list(found.series["shmpool"].served.values()), 4 * threads)
+            ceiling = found.ratio(rate, "pgbouncer", UNBOUNDED)  # without any pool, and with no cap
+            told = f"{ceiling:.2f}" if ceiling else "not measured"
+            findings.append(
+                Finding(f"  raw, a session for each of {4 * threads} threads: of PgBouncer", "", told, None)
+            )
+            share = found.series["shmpool"].least_thread(shape)
             findings.append(Finding(f"{what}: least-served thread", "at least 0.5", f"{share:.2f}", share >= 0.5))
             findings.append(_caps(found))
     return comparisons, findings
@@ -278,7 +313,7 @@ def workers_share(server: Server, effort: Effort) -> tuple[list[Comparison], lis
 
 def idle_moves(server: Server, effort: Effort) -> tuple[list[Comparison], list[Finding]]:
     """An idle worker's connection reaches a waiter: two masters of one worker each, one connection for both."""
-    count = MOVES * effort.rounds
+    count = MOVES * effort.starts * effort.rounds
     effort.say(f"{count} moves between two workers")
     with twins(server, Shape("one", 1, 1, 1, 1)) as pair:
         moves, connects = [], []

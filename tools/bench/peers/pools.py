@@ -172,6 +172,7 @@ class Pgdbpool:
 
 PEERS: dict[str, Callable[[Share], Peer]] = {
     "raw": Raw,
+    "raw-unbounded": Raw,
     "shmpool": Shmpool,
     "pgbouncer": Raw,
     "pgbouncer-unix": Raw,

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.bench.peers.cases import Comparison, Finding, Outcome, Series, describe, p50, p99, rate
-from tools.bench.peers.cases import least_share as share
 from tools.bench.rounds import Quartiles
 
 PARTS = ("server", "workers", "between")
@@ -26,6 +25,7 @@ MARKED = "<!-- figures: {name} -->\n{body}<!-- end of figures -->\n"
 WIDTH = 124
 COLOURS = {
     "raw": "#777777",
+    "raw-unbounded": "#bbbbbb",
     "shmpool": "#1b7837",
     "pgbouncer": "#2166ac",
     "pgbouncer-unix": "#67a9cf",
@@ -84,16 +84,12 @@ def _notes(comparison: Comparison) -> list[str]:
         f"{comparison.noise()}"
     ]
     if shape.is_threaded:
-        expected = shape.workers * shape.threads
-        served = (
-            f"{peer} {share(list(one.served.values()), expected):.2f} ({share(one.workers(), shape.workers):.2f})"
-            for peer, one in series.items()
-        )
+        served = (f"{peer} {s.least_thread(shape):.2f} ({s.least_worker(shape):.2f})" for peer, s in series.items())
         notes.append("least-served thread (worker), of the mean: " + ", ".join(served))
     group = series["shmpool"].group if "shmpool" in series else None
     if group is not None and group.waits:
         notes.append(
-            f"shmpool since its start: {group.opens} opens of {1e3 * (group.mean_open or 0):.1f} ms and "
+            f"shmpool in its last start: {group.opens} opens of {1e3 * (group.mean_open or 0):.1f} ms and "
             f"{group.recalls} recalls for {group.checkouts} checkouts; {group.waits} waits of "
             f"{1e3 * (group.mean_wait or 0):.1f} ms, longest {1e3 * (group.longest_wait or 0):.0f} ms; "
             f"{group.timeouts} timeouts, {group.errors} failed opens"

@@ -28,10 +28,10 @@ from tools.bench.peers.workloads import ACCOUNTS, WORKLOADS
 from tools.bench.rounds import pin
 from tools.pg_cluster import Cluster, Server
 
-ROUNDS, SECONDS = 5, 1.2
-QUICK_ROUNDS, QUICK_SECONDS = 2, 0.25
+STARTS, ROUNDS, SECONDS = 4, 2, 0.8
+QUICK_STARTS, QUICK_ROUNDS, QUICK_SECONDS = 1, 2, 0.25
 QUICK_WORKLOADS = ("one", "transaction")
-SETTINGS = {"max_connections": "300"}  # every peer's sessions at once
+SETTINGS = {"max_connections": "500"}  # every peer's sessions at once
 PACKAGES = {"psycopg_pool": "psycopg_pool", "sqlalchemy": "SQLAlchemy", "pgdbpool": "pgdbpool"}
 
 
@@ -43,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--case", action="append", choices=list(CASES), help="measure this one only; may be repeated")
     add("--peers", nargs="+", choices=list(PEERS), help="measure these beside shmpool (default: all that are here)")
     add("--seconds", type=float, help=f"of one round of one peer (default {SECONDS}; quick: {QUICK_SECONDS})")
-    add("--rounds", type=int, help=f"alternating rounds, at least 2 (default {ROUNDS}; quick: {QUICK_ROUNDS})")
+    add("--starts", type=int, help=f"of everything, at least 1 (default {STARTS}; quick: {QUICK_STARTS})")
+    add("--rounds", type=int, help=f"alternating, at least 2 a start (default {ROUNDS}; quick: {QUICK_ROUNDS})")
     add("--quick", action="store_true", help="see that everything works; the figures mean little")
     add("--pin", action="store_true", help="everything on one CPU, which steadies the figures")
     add("--write", type=Path, metavar="FOLDER", help="put tables and plots into FOLDER/peers.md and FOLDER/plots")
@@ -56,8 +57,9 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
-    if rounds < 2 or seconds <= 0:
-        parser.error("expected at least 2 rounds of more than 0 seconds")
+    starts = options.starts or (QUICK_STARTS if options.quick else STARTS)
+    if starts < 1 or rounds < 2 or seconds <= 0:
+        parser.error("expected at least 1 start of at least 2 rounds of more than 0 seconds")
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
         say(f"without {peer}: {reason}")
     wanted = {"shmpool", *(options.peers or PEERS)}
     peers = [peer for peer in PEERS if peer in wanted and peer not in missing]
-    effort = Effort(seconds, rounds, peers, QUICK_WORKLOADS if options.quick else list(WORKLOADS), say)
+    effort = Effort(seconds, starts, rounds, peers, QUICK_WORKLOADS if options.quick else list(WORKLOADS), say)
     if options.pin:
         pin(min(os.sched_getaffinity(0)))
     command = shlex.join(["python", "-m", "tools.bench", "peers", *arguments])
@@ -104,6 +106,6 @@ def _machine(server: Server, effort: Effort) -> str:
         f"Gunicorn {version('gunicorn')}",
         *(f"{peer} {version(package)}" for peer, package in PACKAGES.items() if peer in effort.peers),
         pgbouncer.version() or "no PgBouncer",
-        f"{effort.rounds} rounds of {effort.seconds:g} s",
+        f"{effort.starts} starts, {effort.rounds} rounds of {effort.seconds:g} s in each",
     ]
     return ", ".join(told)

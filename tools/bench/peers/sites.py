@@ -28,6 +28,7 @@ from tools.stage import ROOT, free_port, gunicorn_command
 START_S = 30.0
 STOP_S = 30.0
 WARM_UP_S = 0.15  # at most, and of a round a fifth
+UNBOUNDED = "raw-unbounded"  # has a session for each thread, whatever the others may have
 BEHIND_POOLER = {"pgbouncer": False, "pgbouncer-unix": True}  # and whether over its Unix socket
 
 CONFIG = """
@@ -157,7 +158,8 @@ def running(server: Server, shape: Shape, peers: Sequence[str]) -> Iterator[dict
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shmpool-peers-")))
         for peer in peers:
-            server.execute(f"ALTER ROLE {role_of(peer)} CONNECTION LIMIT {shape.connections}")
+            limit = shape.workers * shape.threads if peer == UNBOUNDED else shape.connections
+            server.execute(f"ALTER ROLE {role_of(peer)} CONNECTION LIMIT {limit}")
         pooled = [peer for peer in peers if peer in BEHIND_POOLER]
         pooler = None
         if pooled:
