@@ -175,8 +175,7 @@ class Attachment:
         if page == 0:
             return False
         words = self.segment.words
-        generation_at = self.segment.layout.at(WORKERS, self.table.rows[0].number, "generation")
-        return bool(words[generation_at] == page and words[self._state_at] == SegmentState.OPEN)
+        return bool(words[self.table.generation_at] == page and words[self._state_at] == SegmentState.OPEN)
 
     def is_retired(self) -> bool:
         """Whether the segment takes nobody in any more: this process gives back what it holds, and leaves."""

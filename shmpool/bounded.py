@@ -199,6 +199,9 @@ for _name in SESSION_PROPERTIES:
     setattr(BoundedConnection, _name, _asking_property(_name))
 
 
+BoundedConnection.may_choose = False
+
+
 def bounded(factory: type[Connection]) -> type[Connection]:
     """Return a connection class laid over another one; the same one each time."""
     return cast(type[Connection], laid_over(factory, BoundedConnection))

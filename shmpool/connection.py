@@ -1,4 +1,4 @@
-"""The psycopg2 connection of a slot: open it, look after it, put it back in order, close it.
+"""The psycopg2 connection of a slot: open it, ask it, close it.
 
 The connection class notes when session properties change, so that a checkin restores only what was touched.
 An application never gets the connection itself but a handle (handle.py), which dies at checkin.
@@ -16,16 +16,12 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, ClassVar, Final, NamedTuple, Self
 
 import psycopg2
 from psycopg2 import InterfaceError, OperationalError, ProgrammingError
 from psycopg2.extensions import (
-    STATUS_PREPARED,
-    STATUS_READY,
-    TRANSACTION_STATUS_ACTIVE,
     TRANSACTION_STATUS_IDLE,
-    TRANSACTION_STATUS_UNKNOWN,
     connection,
     cursor,
     make_dsn,
@@ -40,7 +36,6 @@ from shmpool.settings import Credentials, EndpointSettings, GroupSettings
 from shmpool.states import Role
 
 CLOSE_BOUND_S: Final = 0.5  # a server needs about a millisecond; past this the slot is left to the coordinator
-POOLER_ANSWER_S: Final = 5.0  # a pooler takes connections also while its server does not answer
 APPLICATION_NAME_BYTES: Final = 63  # what PostgreSQL keeps of it
 _NO_CREDENTIALS: Final = Credentials("", (), "")
 # A server answered: it refused (libpq puts two spaces behind the severity, which servers translate), or it asked for a
@@ -55,10 +50,6 @@ _NEXT_ADDRESS: Final = re.compile(r"\n(?=connection to server)")
 _MASKED: Final = ("password", "sslpassword")
 _PENDING_READS: Final = 4
 _PRUNE_AT: Final = 64  # cursors remembered before the dead ones are forgotten
-_RESETS: Final = {
-    "session": "reset all; close all; unlisten *; select pg_advisory_unlock_all()",
-    "discard": "discard all",
-}
 # The insert position also covers a commit that the server acknowledged before it wrote it (synchronous_commit = off).
 _STANDING: Final = """
 select r.recovery,
@@ -84,6 +75,11 @@ class Connection(TellingConnection):
     opened_at: float  # CLOCK_MONOTONIC
     socket_inode: int  # tells its socket from whatever has the descriptor's number later
     seen: Standing | None = None  # where its server stood when it was asked last; it has not gone back since
+    may_choose: ClassVar[bool] = False  # whether the class may have a `cursor` of its own: every application's may
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.may_choose = True
 
     def __init__(self, dsn: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(dsn, *args, **kwargs)
@@ -139,7 +135,10 @@ class Connection(TellingConnection):
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg2's; the cursor is closed at checkin."""
-        cur = super().cursor(*args, **kwargs)
+        if args or kwargs or self.may_choose or self._cursor_factory is not None or self.closed:
+            cur = super().cursor(*args, **kwargs)
+        else:  # the common case, at half the price
+            cur = self.own_cursor(self)
         marks = self.marks
         if len(marks) >= _PRUNE_AT:
             marks[:] = [mark for mark in marks if mark is None or mark() is not None]
@@ -203,11 +202,12 @@ def make_recipe(
 
 def _options(group: GroupSettings) -> str:
     """Return the server settings of a group as start-up options: they cost no round trip."""
-    settings = _session_settings(group) | _transaction_settings(group)
+    settings = session_settings(group) | transaction_settings(group)
     return " ".join(f"-c {name}={_escaped(value)}" for name, value in settings.items())
 
 
-def _session_settings(group: GroupSettings) -> dict[str, str]:
+def session_settings(group: GroupSettings) -> dict[str, str]:
+    """Return the server settings of a group that hold for the whole session."""
     settings = dict(group.settings)
     for name, seconds in (
         ("statement_timeout", group.statement_timeout),
@@ -219,7 +219,8 @@ def _session_settings(group: GroupSettings) -> dict[str, str]:
     return settings
 
 
-def _transaction_settings(group: GroupSettings) -> dict[str, str]:
+def transaction_settings(group: GroupSettings) -> dict[str, str]:
+    """Return the server settings of a group that hold for its transactions."""
     settings = {}
     if group.isolation_level != "default":
         settings["default_transaction_isolation"] = group.isolation_level
@@ -300,102 +301,6 @@ def _is_over(told: str) -> bool:
     return "Connection refused" in told or any(reason.search(told) for reason in (_REFUSAL, _UNTRUSTED))
 
 
-def prepare(conn: Connection, recipe: Recipe) -> None:
-    """Bring a new connection into the group's state; what `on_connect` left open is rolled back.
-
-    Behind a pooler this asks the server for the first time, bounded in time.
-
-    Raises:
-        ConnectFailedError: the server behind a pooler was lost, or did not answer.
-        Exception: whatever `on_connect` raised; the caller closes the connection.
-    """
-    if recipe.endpoint.via == "pooler":
-        with _answering(conn, recipe):
-            _apply_settings(conn, recipe)
-            _set_transactions(conn, recipe)
-    if recipe.autocommit:
-        conn.autocommit = True
-    if recipe.on_connect is not None:
-        recipe.on_connect(conn)
-        if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
-            conn.rollback()
-    clear_marks(conn, recipe)
-
-
-@contextlib.contextmanager
-def _answering(conn: Connection, recipe: Recipe) -> Iterator[None]:
-    """Bound what is asked of a new connection's server; one that is lost over it did not come about.
-
-    Raises:
-        ConnectFailedError: the server was lost, or did not answer.
-    """
-    told = ""
-    try:
-        with _cut_after(conn, POOLER_ANSWER_S):
-            yield
-    except psycopg2.Error as error:
-        if not conn.closed and not conn.is_cut:
-            raise
-        told = str(error).strip()
-    if conn.is_cut:
-        told = f"no answer within {POOLER_ANSWER_S:g} s"
-    if told:
-        raise ConnectFailedError(f"endpoint {recipe.endpoint.name!r}, behind its pooler: {told}")
-
-
-def _apply_settings(conn: Connection, recipe: Recipe) -> None:
-    """Set in SQL what a pooler refuses at start-up: one round trip, or none."""
-    settings = _session_settings(recipe.group)
-    if recipe.autocommit:
-        settings |= _transaction_settings(recipe.group)
-    if settings:
-        conn.autocommit = True
-        with conn.own_cursor(conn) as cur:
-            calls = ", ".join(["set_config(%s, %s, false)"] * len(settings))
-            cur.execute(f"select {calls}", [word for setting in settings.items() for word in setting])
-        conn.autocommit = recipe.autocommit
-
-
-def _set_transactions(conn: Connection, recipe: Recipe) -> None:
-    """Have each BEGIN say what the group wants of it, so that it holds at whichever server the transaction runs."""
-    group = recipe.group
-    if not recipe.autocommit:
-        conn.set_session(
-            isolation_level=None if group.isolation_level == "default" else group.isolation_level.upper(),
-            readonly=group.readonly or None,
-        )
-
-
-def role_of(conn: Connection, recipe: Recipe) -> Role:
-    """Return the role of a connection's server, UNKNOWN where the group serves itself from every role.
-
-    It was reported at start-up (`in_hot_standby`, PostgreSQL 14 and newer), else the server is asked.  A pooler reports
-    what it heard when it connected first, which may be long ago.
-
-    Raises:
-        ConnectFailedError: the server behind a pooler was lost, or did not answer.
-    """
-    is_direct = recipe.endpoint.via == "direct"
-    value = conn.get_parameter_status("in_hot_standby") if is_direct else None
-    if value is not None:
-        return Role.REPLICA if value == "on" else Role.PRIMARY
-    if recipe.group.target in ("any", "prefer-replica"):
-        return Role.UNKNOWN
-    if is_direct:
-        return _asked_role(conn)
-    with _answering(conn, recipe):
-        return _asked_role(conn)
-
-
-def _asked_role(conn: Connection) -> Role:
-    with conn.own_cursor(conn) as cur:
-        cur.execute("select pg_is_in_recovery()")
-        row = cur.fetchone()
-    if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
-        conn.rollback()
-    return Role.REPLICA if row and row[0] else Role.PRIMARY
-
-
 def is_alive(conn: connection) -> bool:
     """Whether an idle connection looks alive: a zero-timeout poll of its socket, no round trip (0.4 µs).
 
@@ -417,7 +322,7 @@ def is_alive(conn: connection) -> bool:
 def answers(conn: Connection, seconds: float) -> bool:
     """Whether an idle connection answers a query within `seconds`: one real round trip."""
     try:
-        with _cut_after(conn, seconds):
+        with cut_after(conn, seconds):
             with conn.own_cursor(conn) as cur:
                 cur.execute("select 1")
             if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
@@ -433,7 +338,7 @@ def asked_standing(conn: Connection, seconds: float) -> Standing | None:
     A connection that is of no use any more is closed, or cut.
     """
     try:
-        with _cut_after(conn, seconds):
+        with cut_after(conn, seconds):
             conn.seen = read_standing(conn)
     except psycopg2.Error:
         return None
@@ -465,7 +370,7 @@ def read_standing(conn: Connection) -> Standing:
 
 
 @contextlib.contextmanager
-def _cut_after(conn: Connection, seconds: float) -> Iterator[None]:
+def cut_after(conn: Connection, seconds: float) -> Iterator[None]:
     """Cut off a server that does not answer in time by shutting the socket down, which also frees libpq."""
     twin = socket.socket(fileno=os.dup(conn.fileno()))
 
@@ -481,95 +386,6 @@ def _cut_after(conn: Connection, seconds: float) -> Iterator[None]:
         timer.cancel()
         timer.join()  # it must not meet a descriptor that was closed, or is another's by now
         twin.close()
-
-
-def are_spent(marks: list[weakref.ref[cursor] | None]) -> bool:
-    """Whether a checkin has nothing to look after: no session change, and every cursor is closed or gone."""
-    for mark in marks:
-        if mark is None:
-            return False
-        cur = mark()
-        if cur is not None and not cur.closed:
-            return False
-    marks.clear()
-    return True
-
-
-def restore(conn: Connection, recipe: Recipe) -> bool:
-    """Bring a connection back to what the group promises (the checkin contract); False: close it instead.
-
-    A transaction is rolled back in SQL; psycopg2's own `status` misses a BEGIN in autocommit, so libpq's
-    transaction status decides.  Unknown state, COPY, an asynchronous or unread result and two-phase
-    transactions are beyond repair.
-    """
-    if conn.closed or conn.is_cut or conn.status == STATUS_PREPARED or not close_cursors(conn):
-        return False
-    status = conn.get_transaction_status()
-    if status in (TRANSACTION_STATUS_UNKNOWN, TRANSACTION_STATUS_ACTIVE) or conn.isexecuting():
-        return False
-    try:
-        if status != TRANSACTION_STATUS_IDLE or conn.status != STATUS_READY:
-            _roll_back(conn)
-        if None in conn.marks:
-            _put_session_back(conn, recipe)
-        elif conn.notices:
-            del conn.notices[:]
-        if recipe.group.reset != "none":
-            _reset(conn, recipe)
-    except psycopg2.Error:
-        return False
-    clear_marks(conn, recipe)
-    return conn.get_transaction_status() == TRANSACTION_STATUS_IDLE and not conn.closed
-
-
-def clear_marks(conn: Connection, recipe: Recipe) -> None:
-    """Let the connection count as untouched; where a reset is wanted, every checkin has something to do."""
-    conn.marks.clear()
-    if recipe.group.reset != "none":
-        conn.marks.append(None)
-
-
-def close_cursors(conn: Connection) -> bool:
-    """Close what the holder left open, so that no stale cursor reaches the next one; False: one would not close."""
-    for mark in conn.marks:
-        cur = mark() if mark is not None else None
-        if cur is not None and not cur.closed:
-            with contextlib.suppress(psycopg2.Error):  # a server-side cursor that is gone at the server
-                cur.close()
-            if not cur.closed:
-                return False
-    return True
-
-
-def _roll_back(conn: Connection) -> None:
-    conn.rollback()
-    if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:  # a raw BEGIN that psycopg2 does not know of
-        with conn.own_cursor(conn) as cur:
-            cur.execute("rollback")
-
-
-def _put_session_back(conn: Connection, recipe: Recipe) -> None:
-    conn.set_session(isolation_level="DEFAULT", readonly="DEFAULT", deferrable="DEFAULT", autocommit=False)
-    if recipe.autocommit:
-        conn.autocommit = True
-    if recipe.endpoint.via == "pooler":
-        _set_transactions(conn, recipe)
-    conn.cursor_factory = recipe.cursor_factory  # type: ignore[assignment]  # None is psycopg2's default
-    if conn.encoding != conn.opened_encoding:
-        conn.set_client_encoding(conn.opened_encoding)
-    conn.notices = []
-
-
-def _reset(conn: Connection, recipe: Recipe) -> None:
-    """Remove what SQL left in the session; psycopg2 needs its ISO dates afterwards."""
-    conn.autocommit = True
-    with conn.own_cursor(conn) as cur:
-        cur.execute(_RESETS[recipe.group.reset])
-        if not (conn.get_parameter_status("DateStyle") or "").startswith("ISO"):
-            cur.execute("set datestyle to iso")
-    conn.autocommit = recipe.autocommit
-    if recipe.endpoint.via == "pooler":
-        _apply_settings(conn, recipe)  # a reset goes back to how the session started
 
 
 def close_connection(conn: Connection, within: float = CLOSE_BOUND_S) -> bool:

@@ -89,7 +89,8 @@ class Handle:
         lease = self._lease
         if lease is None or not lease.page[0]:
             lease = self._live()
-        cur: cursor = lease.connection.cursor(*args, **kwargs)
+        conn = lease.connection
+        cur: cursor = conn.cursor(*args, **kwargs) if args or kwargs else conn.cursor()
         return cur
 
     def commit_position(self) -> CommitPosition:

@@ -28,14 +28,13 @@ from shmpool.connection import (
     WrongServerError,
     application_name,
     open_connection,
-    prepare,
-    role_of,
 )
 from shmpool.credentials import CredentialsError, may_be_cured, read_secrets
 from shmpool.endpoints import status_at
 from shmpool.lease import Lease, give_back
 from shmpool.router import Attempt
 from shmpool.routing import is_role_allowed
+from shmpool.session import prepare, role_of
 from shmpool.states import Admin, Role, Use
 from shmpool.words import Status
 

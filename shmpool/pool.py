@@ -32,7 +32,7 @@ from psycopg2.extensions import STATUS_READY, cursor
 from shmpool.attachment import Attachment, has_threads, is_coordinated, is_server_starting, join
 from shmpool.bounded import bounded
 from shmpool.clock import monotonic
-from shmpool.connection import Connection, are_spent, make_recipe, restore
+from shmpool.connection import Connection, make_recipe
 from shmpool.credentials import Lookup
 from shmpool.endpoints import is_down
 from shmpool.errors import DisownedError, MechanismError, SegmentMissingError, SegmentRetiredError
@@ -42,6 +42,7 @@ from shmpool.local_group import LocalGroup
 from shmpool.names import Names
 from shmpool.pool_errors import ConfigurationDiffers, CoordinatorNotRunning, PoolClosed, PoolError, UnknownGroup
 from shmpool.position import CommitPosition
+from shmpool.session import are_spent, restore
 from shmpool.settings import GIVEN, GroupSettings
 
 if TYPE_CHECKING:

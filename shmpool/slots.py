@@ -192,6 +192,7 @@ class SlotTable:
         self.times = segment.times
         self.page = page
         self.rows: list[Row] = []
+        self.generation_at = 0  # of the first row
         self.away: deque[Token] = deque()
         self.dropped: deque[weakref.ref[Token]] = deque()
         self._tethers: dict[int, Tether] = {}
@@ -216,6 +217,8 @@ class SlotTable:
         away = [self._new_token(number, page_at) for number in row.away]
         tethers = {token.number: token.tether for token in (*free, *away)}
         self.rows.append(row)
+        if not page_at:
+            self.generation_at = self.segment.layout.at(WORKERS, row.number, "generation")
         self.page[page_at] = row.generation
         self._tethers.update(tethers)  # at once: from here on no slot is lost
         for token in free:

@@ -27,7 +27,6 @@ import psycopg2
 from psycopg2.extensions import make_dsn
 
 from shmpool.clock import monotonic
-from shmpool.connection import close_cursors
 from shmpool.handle import Handle
 from shmpool.lease import give_back
 from shmpool.names import POOL_NAME
@@ -43,6 +42,7 @@ from shmpool.pgdbpool.errors import (
 from shmpool.pool import Pool
 from shmpool.pool_errors import CoordinatorNotRunning, NoEligibleEndpoint, PoolError, PoolTimeout
 from shmpool.segment import private_page
+from shmpool.session import close_cursors
 
 DIGEST_CHARS: Final = 16
 DEFAULT_PORT: Final = "5432"

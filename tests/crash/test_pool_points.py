@@ -23,6 +23,7 @@ from shmpool import (
     pool,
     router,
     semaphores,
+    session,
     slots,
     waiting,
     warmup,
@@ -47,6 +48,7 @@ MODULES: tuple[ModuleType, ...] = (
     handle_module,
     slots,
     connection,
+    session,
 )
 FILES = frozenset(str(module.__file__) for module in MODULES)
 CLOCKED: tuple[ModuleType, ...] = (pool, local_group, lease, waiting, router, opening, warmup, slots)

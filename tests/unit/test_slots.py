@@ -312,12 +312,11 @@ def test_naps_grow_with_the_wait(pool: Host, table: SlotTable, monkeypatch: pyte
         looks.append(clock[0])
         return pool.route()
 
-    monkeypatch.setattr(slots, "sleep_on", sleep)
     monkeypatch.setattr(slots, "monotonic", lambda: clock[0])
     other = pool.add_worker()
     held = pool.hold(other, "write")
     token = table.take(pool.groups["write"])
-    assert not table.wait(token, pool.groups["write"], route, deadline=101.0)
+    assert not table.wait(token, pool.groups["write"], route, deadline=101.0, rest=sleep)
     assert naps[0] == slots.LEAST_NAP_S
     growing = naps[: naps.index(max(naps)) + 1]
     assert growing == sorted(growing)

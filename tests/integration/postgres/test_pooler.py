@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 import psycopg2
 import pytest
 
-from shmpool import Pool, connection
+from shmpool import Pool, session
 from shmpool.names import Names
 from shmpool.observation import observe
 from shmpool.settings import Credentials, EndpointSettings
@@ -145,7 +145,7 @@ def test_the_role_is_asked_for(pool_name: str) -> None:
 
 def test_a_pooler_whose_server_does_not_answer(pool_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pooler goes on taking connections: an open ends in its time, the endpoint goes DOWN, and UP afterwards."""
-    monkeypatch.setattr(connection, "POOLER_ANSWER_S", 0.3)
+    monkeypatch.setattr(session, "POOLER_ANSWER_S", 0.3)
     with (
         Cluster() as servers,
         running_pgbouncer({"postgres": servers.primary.port}) as bouncer,
