@@ -37,7 +37,7 @@ venv-bench: venv ## install the pools that the comparisons are with
 bench-failover: venv-bench ## kill, freeze, promote and return servers under four pools (ten minutes)
 	@$(PY) -m tools.bench failover
 
-bench-peers: venv-bench ## measure requests beside other pools and PgBouncer (a quarter of an hour)
+bench-peers: venv-bench ## measure requests beside other pools and PgBouncer (half an hour)
 	@$(PY) -m tools.bench peers $(OPTIONS)
 
 crash: venv      ## run the crash tests at every point
