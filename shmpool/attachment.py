@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 from shmpool import semaphores
-from shmpool.background import Background, Rounds
+from shmpool.background import ROUND_S, Background, Rounds
 from shmpool.clock import monotonic
 from shmpool.control_client import tell
 from shmpool.errors import DisownedError, MechanismError, SegmentRetiredError, TableFullError
@@ -39,6 +39,7 @@ from shmpool.states import Role, SegmentState, ServerKind
 from shmpool.trials import Trials
 
 _EVIDENCE_CHARS: Final = 200
+_ROUNDS_EVERY_S: Final = ROUND_S / 4  # in between a call costs one look at the clock
 _ROWS_MAX: Final = 16  # rows that one process may take, if one is not enough for its threads
 
 BACKGROUND_STOP_S: Final = 2.0
@@ -54,6 +55,7 @@ _server = NO_SERVER
 _has_threads = True
 _forking_pid = 0  # of a process that has forked
 _passing_pid = 0  # of a process that attaches only on its way to a fork
+_rounds_at = 0.0  # monotonic; when it is next seen what is due
 _has_own_coordinator = False  # the application server
 _told: set[Names] = set()  # pools that this process was seen to use on its way to a fork
 _missed = (0.0, float("-inf"))  # when a coordinator was first and last missed
@@ -460,7 +462,12 @@ def attached() -> Sequence[Attachment]:
 
 
 def do_rounds() -> None:
-    """Do what is due of the background threads' work, where none runs; to be called often."""
+    """Do what is due of the background threads' work, where none runs; to be called often: after each request."""
+    global _rounds_at
+    now = monotonic()
+    if now < _rounds_at:
+        return
+    _rounds_at = now + _ROUNDS_EVERY_S
     for attachment in attached():
         attachment.do_round()
 
