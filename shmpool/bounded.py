@@ -199,7 +199,7 @@ for _name in SESSION_PROPERTIES:
     setattr(BoundedConnection, _name, _asking_property(_name))
 
 
-BoundedConnection.may_choose = False
+BoundedConnection.may_choose = False  # it has no `cursor` of its own; what is laid over an application's class may
 
 
 def bounded(factory: type[Connection]) -> type[Connection]:

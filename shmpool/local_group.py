@@ -364,7 +364,7 @@ class LocalGroup:
         return self._claim_and_open(attempt, deadline, Waiter(presence) if may_wait else None)
 
     def _claim_and_open(self, attempt: Attempt, deadline: float, scout: Waiter | None) -> Lease | None:
-        """Claim permits, as scout sleeping on the group's bells, and open a connection; None: look again."""
+        """Claim permits, as scout waiting for them, and open a connection; None: look again."""
         if self.is_retired or not self.attachment.is_current():
             raise DisownedError("this group was replaced, or the attachment is not this process's any more")
         if scout is None and self.permits.semaphore.value <= self._leave(attempt):
@@ -381,7 +381,7 @@ class LocalGroup:
             left = self._leave(attempt)
             granted = self.table.claim_once(token, self.permits, self._permits_of(route), left)
         else:
-            granted = self._wait_on_bell(token, attempt, deadline, scout)
+            granted = self._wait_for_permits(token, attempt, deadline, scout)
         if not granted:
             self.table.put_back(token)
             return None
@@ -414,7 +414,7 @@ class LocalGroup:
         if pause > 0:
             time.sleep(pause)
 
-    def _wait_on_bell(self, token: Lease, attempt: Attempt, deadline: float, scout: Waiter) -> bool:
+    def _wait_for_permits(self, token: Lease, attempt: Attempt, deadline: float, scout: Waiter) -> bool:
         began = monotonic()
 
         def is_done() -> bool:

@@ -208,14 +208,14 @@ class Queue:
             return None
 
     def take_scouting(self, waiter: Waiter) -> bool:
-        """Have a thread sleep on the bell for all if no other does; return whether it does.  Two do no harm."""
+        """Have a thread look for permits for all if no other does; return whether it does.  Two do no harm."""
         scout = self._scout
         if scout is None or scout.is_gone:
             self._scout = waiter
         return self._scout is waiter
 
     def is_scout(self, waiter: Waiter) -> bool:
-        """Whether a thread is the one that sleeps on the bell."""
+        """Whether a thread is the one that looks for permits."""
         return self._scout is waiter
 
     def stop_scouting(self, waiter: Waiter) -> None:
@@ -246,7 +246,9 @@ class Queue:
                 youngest.wake()
 
     def leave(self, waiter: Waiter, *, was_served: bool) -> None:
-        """Forget a thread whose call ends, and have another one scout in its place: at once, unless checkins serve.
+        """Forget a thread whose call ends, and have another one scout in its place.
+
+        At once, unless checkins serve: then it is the next that comes, or that wakes by itself, a slice later at most.
 
         Args:
             was_served: it was taken out of the queue for what it was handed.

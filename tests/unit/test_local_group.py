@@ -90,5 +90,5 @@ def test_length_of_the_queue_is_never_negative() -> None:
     group.attachment = Mock(users=())
     group.permits = Mock()
     group.table = cast(SlotTable, Table())
-    assert not group._wait_on_bell(Mock(), Attempt(), 0.0, Waiter(HERE))
+    assert not group._wait_for_permits(Mock(), Attempt(), 0.0, Waiter(HERE))
     assert told == [0]
